@@ -1,0 +1,39 @@
+# Two commands: `make train` shows the library at work, `make test` proves it.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= outputs
+
+.PHONY: train test lint format benchmark clean help
+
+help:            ## show the targets
+	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
+
+# torch goes first and alone: the pinned build decides which of its companions are needed.
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+train: $(VENV)/installed  ## train a transformer on real text, then compare memory without and with mini-sequences
+	$(BIN)/lightning-mst train hydra.run.dir=$(OUT)/train
+	$(BIN)/lightning-mst compare --output $(OUT)/compare
+
+test: $(VENV)/installed  ## run all tests that this machine can run
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(VENV)/installed  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/installed  ## rewrite the sources in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmark: $(VENV)/installed  ## time and bytes of the two ops against the unmodified blocks and public peers
+	$(BIN)/python -m benchmarks.run
+
+clean:           ## remove everything that the other targets made
+	rm -rf $(VENV) $(OUT) build dist
