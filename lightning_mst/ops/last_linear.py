@@ -1,0 +1,101 @@
+"""Skipping the last matmul of a recomputation.
+
+To differentiate ``y = down(inner(x))`` one needs the input of ``down``, never ``y`` itself. When a chunk is recomputed
+for its gradient, running its last linear layer is therefore a matmul for nothing: one of three in a gated MLP. Which
+call is the last is observed in the forward pass instead of assumed from the block's structure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from lightning_mst.ops.context import AutocastState
+
+
+class FindLastLinear(TorchFunctionMode):
+    """Watches one run of a block and tells which of its ``F.linear`` calls gives the block's output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls = 0
+        self._last: Tensor | None = None
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is F.linear:
+            self._calls += 1
+            self._last = result if _is_plain(*args[:2]) else None
+        return result
+
+    def index(self, output: object) -> int | None:
+        """The position of the call whose result ``output`` is, or ``None`` if the block ends in something else."""
+        return self._calls - 1 if output is self._last and self._last is not None else None
+
+
+class SkipLastLinear(TorchFunctionMode):
+    """Replaces one ``F.linear`` call by one that has a gradient and no value."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__()
+        self._index = index
+        self._calls = 0
+        self.skipped: Tensor | None = None
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is F.linear:
+            self._calls += 1
+            if self._calls - 1 == self._index:
+                self.skipped = _linear_without_value(*args, **(kwargs or {}))
+                return self.skipped
+        return func(*args, **(kwargs or {}))
+
+
+def _is_plain(input: Tensor, weight: Tensor) -> bool:
+    # Quantized, sharded and other wrapped tensors have matmuls of their own.
+    return not (is_traceable_wrapper_subclass(input) or is_traceable_wrapper_subclass(weight))
+
+
+def _linear_without_value(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    autocast = AutocastState.now(input.device)
+    return _LinearWithoutValue.apply(
+        autocast.cast(input), autocast.cast(weight), None if bias is None else autocast.cast(bias)
+    )
+
+
+class _LinearWithoutValue(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(input, weight)
+        # Right in shape and dtype, without memory: nobody may read it.
+        return input.new_empty(()).expand(*input.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        input, weight = ctx.saved_tensors
+        need_input, need_weight, need_bias = ctx.needs_input_grad
+        rows = grad.reshape(-1, grad.shape[-1])  # (..., D_out) -> (tokens, D_out)
+        with AutocastState.now(grad.device).disabled():
+            return (
+                grad @ weight if need_input else None,
+                rows.t() @ input.reshape(-1, input.shape[-1]) if need_weight else None,
+                rows.sum(0) if need_bias else None,
+            )
