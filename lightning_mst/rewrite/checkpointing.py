@@ -1,0 +1,79 @@
+"""Activation checkpointing, layer by layer, always non-reentrant."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_mst.rewrite.shadow import original_forward, shadow, shadow_forward
+
+
+def is_transformers_layer(module: nn.Module) -> bool:
+    """Whether transformers' own switch for checkpointing is in the module."""
+    layers = sys.modules.get("transformers.modeling_layers")
+    return layers is not None and isinstance(module, layers.GradientCheckpointingLayer)
+
+
+def choose_layers(setting: str | int | Sequence[int], num_layers: int) -> set[int]:
+    """The indices that a ``checkpoint_layers`` setting selects.
+
+    Args:
+        setting: ``"all"``, ``"none"``, n for every n-th layer (0, n, 2n, ...), or a list of indices.
+        num_layers: how many layers there are.
+
+    Returns:
+        The selected indices.
+
+    Raises:
+        ValueError: for an index that is not a layer.
+    """
+    if setting == "all":
+        return set(range(num_layers))
+    if setting == "none":
+        return set()
+    if isinstance(setting, int):
+        return set(range(0, num_layers, setting))
+    beyond = sorted(i for i in setting if isinstance(i, int) and i >= num_layers)
+    if beyond:
+        raise ValueError(
+            f"checkpoint_layers names layer {beyond[0]}, but the model has {num_layers} layers: 0 to {num_layers - 1}."
+        )
+    return {int(i) for i in setting}
+
+
+def checkpoint_layer(layer: nn.Module, enable: bool) -> None:
+    """Switches one decoder layer's checkpointing on or off.
+
+    transformers' layers checkpoint inside their own ``forward``, so theirs is a flag; any other layer's ``forward`` is
+    run by ``torch.utils.checkpoint``.
+    """
+    if is_transformers_layer(layer):
+        shadow(layer, "gradient_checkpointing", enable)
+        if enable:
+            shadow(layer, "_gradient_checkpointing_func", partial(checkpoint, use_reentrant=False))
+    elif enable:
+        shadow_forward(layer, _checkpointed_forward, None)
+
+
+def switch_models(model: nn.Module, enable: bool) -> None:
+    """Tells transformers' models around their layers, as transformers does: some then keep no cache of keys."""
+    if not any(is_transformers_layer(module) for module in model.modules()):
+        return
+    for module in model.modules():
+        if hasattr(module, "gradient_checkpointing") and not is_transformers_layer(module):
+            shadow(module, "gradient_checkpointing", enable)
+            if enable:
+                shadow(module, "_gradient_checkpointing_func", partial(checkpoint, use_reentrant=False))
+
+
+def _checkpointed_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    forward = original_forward(self)
+    if not (torch.is_grad_enabled() and self.training):
+        return forward(*args, **kwargs)
+    return checkpoint(partial(forward, **kwargs), *args, use_reentrant=False)

@@ -1,0 +1,88 @@
+"""The settings of a rewrite."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from lightning_mst.ops.chunking import Chunks, check_chunks
+
+
+@dataclass(frozen=True)
+class MSTConfig:
+    """What ``apply_mst`` rewrites, and how.
+
+    Args:
+        mlp_chunks: the paper's M for MLPs: a number of mini-sequences, ``"auto"`` (bounds the bytes of the
+            intermediates, never splits where that would cost memory or time), ``"paper"`` (D tokens per
+            mini-sequence), or ``None`` to leave MLPs alone.
+        lm_head_chunks: the same for the LM head with its loss (``"paper"``: M = V / D).
+        checkpoint_layers: which decoder layers recompute their activations in the backward pass: ``"all"``, ``"none"``
+            (leave the model's own setting as it is), a whole number n for every n-th layer, or a list of layer indices.
+        mlp_modules: name patterns (``"*.mlp"``, as in ``fnmatch``) that say which modules are MLPs, instead of
+            discovery.
+        lm_head_module: a name pattern that says which module is the LM head, instead of discovery.
+
+    Raises:
+        ValueError: for a value that is none of these.
+    """
+
+    mlp_chunks: Chunks = "auto"
+    lm_head_chunks: Chunks = "auto"
+    checkpoint_layers: Literal["all", "none"] | int | Sequence[int] = "all"
+    mlp_modules: str | Sequence[str] | None = None
+    lm_head_module: str | None = None
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        check_chunks("mlp_chunks", self.mlp_chunks)
+        check_chunks("lm_head_chunks", self.lm_head_chunks)
+        _check_checkpoint_layers(self.checkpoint_layers)
+        for name in ("mlp_modules", "lm_head_module"):
+            _check_patterns(name, getattr(self, name))
+        if self.mlp_modules is not None and self.mlp_chunks is None:
+            raise ValueError("mlp_modules names MLPs, but mlp_chunks=None leaves MLPs alone. Drop one of the two.")
+        if self.lm_head_module is not None and self.lm_head_chunks is None:
+            raise ValueError(
+                "lm_head_module names the head, but lm_head_chunks=None leaves it alone. Drop one of them."
+            )
+
+    @property
+    def asks_for_nothing(self) -> bool:
+        """Whether everything is off, as for a baseline."""
+        return self.mlp_chunks is None and self.lm_head_chunks is None and self.checkpoint_layers == "none"
+
+    @property
+    def mlp_patterns(self) -> list[str] | None:
+        """``mlp_modules`` as a list."""
+        if self.mlp_modules is None:
+            return None
+        return [self.mlp_modules] if isinstance(self.mlp_modules, str) else list(self.mlp_modules)
+
+
+def _check_checkpoint_layers(value: object) -> None:
+    if isinstance(value, str):
+        valid = value in ("all", "none")
+    elif isinstance(value, int):
+        valid = not isinstance(value, bool) and value >= 1
+    elif isinstance(value, Sequence):
+        valid = all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in value)
+        valid = valid and len(set(value)) == len(value) > 0
+    else:
+        valid = False
+    if not valid:
+        raise ValueError(
+            f"checkpoint_layers={value!r} is not a choice of layers. Expected 'all', 'none', a whole number n of at "
+            "least 1 (every n-th layer), or a list of different layer indices from 0 on."
+        )
+
+
+def _check_patterns(name: str, value: object) -> None:
+    if value is None:
+        return
+    patterns = [value] if isinstance(value, str) or not isinstance(value, Sequence) else list(value)
+    if name == "lm_head_module" and not isinstance(value, str):
+        raise ValueError(f"lm_head_module={value!r} is not a module name or pattern, such as 'lm_head' or '*.head'.")
+    if not patterns or not all(isinstance(p, str) and p for p in patterns):
+        raise ValueError(f"{name}={value!r} is not a name pattern or a list of them, such as '*.mlp'.")

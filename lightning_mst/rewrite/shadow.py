@@ -1,0 +1,101 @@
+"""Changing what a module does without touching its structure.
+
+An entry in an instance's ``__dict__`` shadows the class's method. The module keeps its class, children, parameters,
+hooks and ``state_dict``; taking the entry away gives back the module as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+_KEY = "_mst"
+
+
+@dataclass
+class _State:
+    """What was put into a module's ``__dict__``, and what stood there before."""
+
+    form: Any = None
+    added: list[str] = field(default_factory=list)
+    replaced: dict[str, Any] = field(default_factory=dict)
+
+
+class BoundForward:
+    """A function bound to a module, as ``forward``.
+
+    Unlike a bound method, it survives pickling (a method is pickled as its name, which the class resolves to its own
+    ``forward``); unlike a closure, a deepcopied one calls the copy.
+    """
+
+    def __init__(self, function: Callable[..., Any], module: nn.Module) -> None:
+        self.function = function
+        self.module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the function on the module."""
+        return self.function(self.module, *args, **kwargs)
+
+
+def shadow(module: nn.Module, name: str, value: Any) -> None:
+    """Sets an instance attribute that ``restore`` takes back.
+
+    Args:
+        module: the module.
+        name: the attribute.
+        value: its value for now.
+    """
+    entries = module.__dict__
+    state: _State = entries.setdefault(_KEY, _State())
+    if name not in state.added and name not in state.replaced:
+        if name in entries:
+            state.replaced[name] = entries[name]
+        else:
+            state.added.append(name)
+    entries[name] = value
+
+
+def shadow_forward(module: nn.Module, function: Callable[..., Any], form: Any) -> None:
+    """Lets a function of (module, ...) run as the module's ``forward``.
+
+    Args:
+        module: the module.
+        function: a module-level function, so that it can be pickled.
+        form: the function's settings, for ``form_of``.
+    """
+    shadow(module, "forward", BoundForward(function, module))
+    module.__dict__[_KEY].form = form
+
+
+def form_of(module: nn.Module) -> Any:
+    """The settings that ``shadow_forward`` was given."""
+    return module.__dict__[_KEY].form
+
+
+def original_forward(module: nn.Module) -> Callable[..., Any]:
+    """The ``forward`` that runs without the shadow."""
+    state = module.__dict__.get(_KEY)
+    if state is None:
+        return module.forward
+    if "forward" in state.replaced:
+        return state.replaced["forward"]
+    # Looked up at each call: FSDP2 changes the class of a module after the rewrite.
+    return type(module).forward.__get__(module)
+
+
+def shadowed(model: nn.Module) -> Iterator[nn.Module]:
+    """All modules in ``model`` that have something shadowed."""
+    for module in model.modules():
+        if _KEY in module.__dict__:
+            yield module
+
+
+def restore(module: nn.Module) -> None:
+    """Takes back every shadow of one module."""
+    state: _State = module.__dict__.pop(_KEY)
+    for name in state.added:
+        del module.__dict__[name]
+    module.__dict__.update(state.replaced)
