@@ -70,6 +70,11 @@ class RNGState:
         if self._ids:
             set_device_states(self._ids, self._states, device_type=self._device.type)
 
+    def is_current(self) -> bool:
+        """Whether no random number has been drawn since this state."""
+        now = RNGState(self._device)
+        return torch.equal(self._cpu, now._cpu) and all(map(torch.equal, self._states, now._states))
+
     @contextmanager
     def replayed(self) -> Iterator[None]:
         """Runs the body with the random numbers that followed this state, then puts the generators back."""

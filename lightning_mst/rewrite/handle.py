@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -38,10 +39,10 @@ class Row:
     """What became of one module.
 
     Attributes:
-        block: ``"MLP"``, ``"LM head"`` or ``"decoder layer"``.
+        block: ``"MLP"``, ``"LM head"`` or ``"layer"``.
         name: the module's dotted name, or ``""`` where there is none.
         module: its class.
-        form: what it is now: ``"mini-sequences (auto)"``, ``"checkpointed"``, or ``"as it was"``.
+        form: what it is now: ``"M = 8"`` or ``"M = auto"`` mini-sequences, ``"checkpointed"``, or ``"as it was"``.
         reason: why it was left as it was, or what joined it.
     """
 
@@ -106,12 +107,14 @@ class MSTHandle:
 
     def table(self) -> Table:
         """What was rewritten, what was not and why; equal modules of several layers share a line."""
-        table = Table(title=f"Mini-sequence form of {type(self.model).__name__}", title_justify="left")
-        for column in ("block", "module", "class", "count", "form", "note"):
-            table.add_column(column, justify="right" if column == "count" else "left", overflow="fold")
+        title = f"Mini-sequence form of {type(self.model).__name__}"
+        table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1))
+        for column in ("block", "modules", "class", "form"):
+            table.add_column(column, overflow="fold")
         for (block, name, module, form, reason), count in _grouped(self.rows).items():
-            style = None if form != _LEFT else "yellow"
-            table.add_row(block, name or "-", module, str(count), form, reason, style=style)
+            names = f"{count} x {name}" if count > 1 else name or "-"
+            what = f"{form}: {reason}" if form == _LEFT else f"{form} {reason}".strip()
+            table.add_row(block, names, module, what, style="yellow" if form == _LEFT else None)
         return table
 
     def print(self) -> None:
@@ -254,22 +257,22 @@ class _Plan:
         if self._config.checkpoint_layers == "none":
             return
         if not self._layers:
-            self._left("decoder layer", "", "", "no repeated layers found, so nothing is checkpointed")
+            self._left("layer", "", "", "no repeated layers found, so nothing is checkpointed")
         for index, (name, layer) in enumerate(self._layers):
             if index in self._chosen:
-                self.rows.append(Row("decoder layer", name, type(layer).__name__, "checkpointed"))
+                self.rows.append(Row("layer", name, type(layer).__name__, "checkpointed"))
             else:
                 reason = f"not chosen by checkpoint_layers={self._config.checkpoint_layers!r}"
                 off = is_transformers_layer(layer) and layer.gradient_checkpointing
                 form = "not checkpointed" if off else _LEFT
-                self.rows.append(Row("decoder layer", name, type(layer).__name__, form, reason))
+                self.rows.append(Row("layer", name, type(layer).__name__, form, reason))
 
     def _left(self, block: str, name: str, class_name: str, reason: str) -> None:
         self.rows.append(Row(block, name, class_name, _LEFT, reason))
 
 
 def _mini(chunks: int | str) -> str:
-    return f"mini-sequences (M = {chunks})" if isinstance(chunks, int) else f"mini-sequences ({chunks})"
+    return f"M = {chunks}"
 
 
 def _signature(module: nn.Module) -> object:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_mst.ops.context import AutocastState, RNGState
+from lightning_mst.rewrite.modes import eval_mode
 from lightning_mst.rewrite.shadow import original_forward
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
@@ -52,7 +51,7 @@ def why_not_token_wise(module: nn.Module, hidden_size: int) -> str | None:
 def _compare(module: nn.Module, tokens: Tensor) -> str | None:
     """``""`` for equal, ``None`` for undecided, else the difference in words."""
     forward = original_forward(module)
-    with _eval_mode(module):
+    with eval_mode(module):
         try:
             whole = forward(tokens)
             pieces = [forward(tokens[:, :2]), forward(tokens[:, 2:])]
@@ -69,14 +68,3 @@ def _compare(module: nn.Module, tokens: Tensor) -> str | None:
     if difference > _TOLERANCE.get(whole.dtype, 5e-2):
         return f"mixes tokens (a probe in two pieces differs by {difference.item():.2g} of the largest output)"
     return ""
-
-
-@contextmanager
-def _eval_mode(module: nn.Module) -> Iterator[None]:
-    modes = {m: m.training for m in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for each, training in modes.items():
-            each.training = training
