@@ -1,0 +1,77 @@
+"""The contestants: the unmodified block, per-chunk checkpointing, torch's own chunked head, and ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_mst.ops import linear_cross_entropy, token_wise
+from lightning_mst.ops.chunking import lm_head_split, mlp_num_chunks
+
+
+class GatedMLP(nn.Module):
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+def lm_heads(hidden: Tensor, weight: Tensor, labels: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """Mean cross-entropy of an LM head: hidden (S, D), weight (V, D), labels (S,)."""
+    split = lm_head_split("auto", hidden_size=weight.shape[1], vocab_size=weight.shape[0])
+    size = split["chunk_tokens"]
+
+    def unmodified() -> Tensor:
+        return F.cross_entropy(F.linear(hidden, weight), labels)
+
+    def checkpointed() -> Tensor:
+        def chunk_loss(h: Tensor, y: Tensor) -> Tensor:
+            return F.cross_entropy(F.linear(h, weight), y, reduction="sum")
+
+        parts = zip(hidden.split(size), labels.split(size), strict=True)
+        return sum(checkpoint(chunk_loss, h, y, use_reentrant=False) for h, y in parts) / labels.numel()
+
+    steps = {
+        "unmodified": unmodified,
+        "per-chunk checkpoint": checkpointed,
+        "ours": lambda: linear_cross_entropy(hidden, weight, labels, **split),
+    }
+    options = getattr(nn, "LinearCrossEntropyOptions", None)
+    if options is not None:
+        steps["torch chunked"] = lambda: F.linear_cross_entropy(hidden, weight, labels, options=options())
+    return steps
+
+
+def mlps(x: Tensor, mlp: nn.Module, *, in_layer: bool) -> dict[str, Callable[[], Tensor]]:
+    """A gated MLP on x (1, S, D), alone or with its residual in a checkpointed layer."""
+    num_chunks = mlp_num_chunks("auto", num_tokens=x.shape[1], hidden_size=x.shape[2])
+
+    def chunked(block: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda h: torch.cat([checkpoint(block, c, use_reentrant=False) for c in h.chunk(num_chunks, 1)], 1)
+
+    blocks = {
+        "unmodified": mlp,
+        "per-chunk checkpoint": chunked(mlp),
+        "ours": lambda h: token_wise(mlp, h, num_chunks=num_chunks),
+    }
+
+    def step(block: Callable[[Tensor], Tensor], recompute: bool) -> Callable[[], Tensor]:
+        if not in_layer:
+            return lambda: block(x).sum()
+        layer = lambda h: h + block(h)  # noqa: E731
+        if not recompute:
+            return lambda: layer(x).sum()
+        return lambda: checkpoint(layer, x, use_reentrant=False).sum()
+
+    steps = {name: step(block, True) for name, block in blocks.items()}
+    if in_layer:
+        steps = {"no checkpointing": step(mlp, False)} | steps
+    return steps
