@@ -1,0 +1,97 @@
+"""Measures shared by the tests of the ops: distances, matmuls, bytes."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+
+def distance(actual: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of what is expected."""
+    actual, expected = actual.detach().double(), expected.detach().double()
+    norm = expected.norm().item()
+    return (actual - expected).norm().item() / (norm if norm > 0 else 1.0)
+
+
+def assert_close(actual: Any, expected: Any, tolerance: float, what: str = "") -> None:
+    """Tensors or sequences of tensors and ``None``: same places empty, same shapes and dtypes, small distances."""
+    if isinstance(expected, Tensor):
+        actual, expected = [actual], [expected]
+    assert len(actual) == len(expected), what
+    for index, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert (a is None) == (e is None), f"{what}[{index}]: got {a}, expected {e}"
+        if e is None:
+            continue
+        assert a.shape == e.shape, f"{what}[{index}]: got {a.shape}, expected {e.shape}"
+        assert a.dtype == e.dtype, f"{what}[{index}]: got {a.dtype}, expected {e.dtype}"
+        # Written so that nan fails.
+        assert distance(a, e) <= tolerance, f"{what}[{index}]: off by {distance(a, e):.3g}, allowed {tolerance:.3g}"
+
+
+def total_distance(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    return sum(distance(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+class Matmuls(TorchDispatchMode):
+    """Counts the multiply-adds of matrix products, those with ``out=`` and in-place ones included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.multiply_adds = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in ("mm", "bmm"):
+            left, right = args[:2]
+        elif name in ("addmm", "addmm_", "baddbmm", "baddbmm_"):
+            left, right = args[1:3]
+        elif name == "linear":
+            left, right = args[0], args[1].t()
+        else:
+            return result
+        self.multiply_adds += left.numel() * right.shape[-1]
+        return result
+
+
+class LiveBytes(TorchDispatchMode):
+    """Follows the bytes of all tensors that come into being inside, by weak references to their storages."""
+
+    def __init__(self, existing: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+        self._known: dict[int, weakref.ref[Any]] = {}
+        self._sizes: dict[int, int] = {}
+        self._existing = [t.untyped_storage() for t in existing]
+        self._ignored = {s._cdata for s in self._existing}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        before = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._follow(tensor.untyped_storage(), before)
+        return result
+
+    def _follow(self, storage: Any, before: set[int]) -> None:
+        key = storage._cdata
+        if key in self._known or key in self._ignored or key in before:
+            return
+        size = storage.nbytes()
+
+        def gone(_: Any) -> None:
+            if self._known.pop(key, None) is not None:
+                self.live -= size
+
+        self._known[key] = weakref.ref(storage, gone)
+        self.live += size
+        self.peak = max(self.peak, self.live)
