@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -45,6 +46,24 @@ def _autocast(device_type: str, **options: Any) -> AbstractContextManager[object
     if not torch.amp.is_autocast_available(device_type):
         return nullcontext()
     return torch.autocast(device_type, **options)
+
+
+def first_order_only(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Lets an autograd node's backward refuse a graph of the gradient, which it could only build wrongly.
+
+    ``once_differentiable`` does not do: it notices only an incoming gradient that has a graph itself.
+    """
+
+    @wraps(backward)
+    def checked(ctx: Any, *grads: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "Gradients of a block in mini-sequence form can't be differentiated again (create_graph=True). Switch "
+                "the block off for such a step: mlp_chunks=None, lm_head_chunks=None."
+            )
+        return backward(ctx, *grads)
+
+    return checked
 
 
 def drop_autocast_copies() -> None:

@@ -6,6 +6,7 @@ Each handler takes the function itself, the deferred logits and the call's argum
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from lightning_mst.ops.chunking import chunk_bounds, resolve_num_chunks
 from lightning_mst.ops.linear_cross_entropy import linear_cross_entropy
+from lightning_mst.ops.metadata import needs_no_values
 
 HANDLERS: dict[Any, Callable[..., Any]] = {}
 
@@ -74,41 +76,25 @@ def _arg_largest(
     return (result.view(hidden.shape[:-1]),)
 
 
-def getter_name(func: Any) -> str | None:
-    """The attribute's name, if a torch function is the getter or setter of one."""
-    owner = getattr(func, "__self__", None)
-    return getattr(owner, "__name__", None) if getattr(func, "__name__", "") == "__get__" else None
+def is_metadata(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether a torch function on deferred logits asks for something that needs no values, such as a shape."""
+    if func is torch.Tensor.register_hook:
+        # FSDP marks where backward enters a module. A user's hook wants the gradient of the logits.
+        return str(getattr(args[1], "__module__", "")).startswith("torch.distributed.")
+    return needs_no_values(func)
 
 
-def is_metadata(func: Any) -> bool:
-    """Whether a torch function asks for something that needs no values, such as a shape."""
-    return func in _METADATA or getter_name(func) in _METADATA_NAMES
-
-
-_METADATA = {
-    torch.Tensor.size,
-    torch.Tensor.dim,
-    torch.Tensor.ndimension,
-    torch.Tensor.numel,
-    torch.Tensor.nelement,
-    torch.Tensor.element_size,
-    torch.Tensor.is_floating_point,
-    torch.Tensor.is_complex,
-    torch.Tensor.get_device,
-    torch.Tensor.is_contiguous,
-    torch.Tensor.register_hook,
-    torch.Tensor.__len__,
-    torch.Tensor.__hash__,
-    torch.Tensor.__repr__,
-    torch.is_floating_point,
-    torch.is_complex,
-    torch.numel,
-}
-_METADATA_NAMES = {
-    "shape", "dtype", "device", "layout", "ndim", "requires_grad", "grad_fn", "is_leaf", "is_cuda", "is_cpu", "is_meta",
-    "is_mps", "is_xla", "is_xpu", "is_sparse", "is_quantized", "is_nested", "is_mkldnn", "itemsize", "nbytes", "grad",
-    "retains_grad", "output_nr", "_backward_hooks", "_version", "names",
-}  # fmt: skip
+def answer(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What deferred logits, the first of ``args``, answer to a torch function; ``NotImplemented`` if nothing."""
+    handler = HANDLERS.get(func)
+    if handler is None:
+        return NotImplemented
+    try:
+        inspect.signature(handler).bind(func, *args, **kwargs)
+    except TypeError:
+        # A spelling that the handler doesn't know; the real function will know whether it is right.
+        return NotImplemented
+    return handler(func, *args, **kwargs)
 
 
 def _handles(*funcs: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -137,7 +123,10 @@ def _record(func: Callable[..., Any], logits: Any, args: Any, kwargs: Any) -> tu
         return None
     meta = logits._meta
     dtype = func(torch.ones((), dtype=meta.dtype, device=meta.device).expand(1), *args, **kwargs).dtype
-    return (*logits._steps, Step(func, args, dict(kwargs), dtype))
+    # A scalar tensor may be overwritten before the logits are computed.
+    args = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
+    kwargs = {name: a.clone() if isinstance(a, Tensor) else a for name, a in kwargs.items()}
+    return (*logits._steps, Step(func, args, kwargs, dtype))
 
 
 @_handles(
@@ -147,7 +136,7 @@ def _record(func: Callable[..., Any], logits: Any, args: Any, kwargs: Any) -> tu
         "__add__", "__mul__", "__neg__", "__pow__", "__radd__", "__rmul__", "__rsub__", "__rtruediv__", "__sub__",
         "__truediv__", "float", "double", "half", "bfloat16",
     ),
-    F.tanh, F.sigmoid, F.relu, F.softplus, F.hardtanh,
+    F.tanh, F.sigmoid,
 )  # fmt: skip
 def _pointwise(func: Any, logits: Any, *args: Any, **kwargs: Any) -> Any:
     steps = _record(func, logits, args, kwargs)
@@ -167,12 +156,12 @@ _IN_PLACE = {
 @_handles(*_IN_PLACE)
 def _pointwise_in_place(func: Any, logits: Any, *args: Any, **kwargs: Any) -> Any:
     steps = _record(_IN_PLACE[func], logits, args, kwargs)
-    if steps is None:
+    # Real logits that were handed out have to see the change.
+    if steps is None or logits._real is not None:
         return NotImplemented
     logits.refuse_if_viewed(func.__name__)
     last = steps[-1]
     logits._steps = (*steps[:-1], Step(last.fn, last.args, last.kwargs, logits._meta.dtype))
-    logits._real = None
     return logits
 
 
@@ -234,7 +223,7 @@ def _getitem(func: Any, logits: Any, index: Any) -> Any:
     if not _class_is_last(logits):
         return NotImplemented
     parts = [
-        part if part is None or part is Ellipsis or isinstance(part, (int, slice, Tensor)) else torch.as_tensor(part)
+        part if part is None or part is Ellipsis or isinstance(part, (int, slice, Tensor)) else _as_index(part)
         for part in (index if isinstance(index, tuple) else (index,))
     ]
     dims = len(logits._meta.shape)
@@ -257,6 +246,11 @@ def _getitem(func: Any, logits: Any, index: Any) -> Any:
         parts[-1] = slice(None)
     hidden = logits._hidden[tuple(parts)]
     return logits._view(hidden, class_dim=hidden.dim() - 1)
+
+
+def _as_index(values: Any) -> Tensor:
+    index = torch.as_tensor(values)
+    return index.long() if index.numel() == 0 else index  # an empty list is taken for numbers
 
 
 def _along(func: Any, logits: Any, dim: int, *args: Any) -> Any:
@@ -301,7 +295,8 @@ def _index_select(func: Any, logits: Any, dim: int, index: Tensor) -> Any:
 
 
 @_handles(*_both("argmax"))
-def _argmax(func: Any, logits: Any, dim: int | None = None, keepdim: bool = False) -> Any:
+def _argmax(func: Any, logits: Any, dim: int | None = None, keepdim: bool = False, *, axis: int | None = None) -> Any:
+    dim = axis if dim is None else dim
     if dim is None or dim % len(logits._meta.shape) != logits._class_dim:
         return NotImplemented
     with torch.no_grad():

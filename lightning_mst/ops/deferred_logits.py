@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
 
-from lightning_mst.ops.context import AutocastState
-from lightning_mst.ops.deferred_functions import HANDLERS, Step, chain, getter_name, is_metadata, project
+from lightning_mst.ops.context import AutocastState, first_order_only
+from lightning_mst.ops.deferred_functions import Step, answer, chain, is_metadata, project
+from lightning_mst.ops.metadata import getter_name
 
 Request = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, ...]]
 """What is asked of a head: a function of the hidden states (..., D), its weight (V, D) and its bias (V,)."""
@@ -46,6 +46,8 @@ class _Source:
     split: Mapping[str, int]
     vocab_size: int
     autocast: AutocastState
+    weights: tuple[Tensor, ...]
+    weight_versions: tuple[int, ...]
     has_views: bool = field(default=False)
 
 
@@ -65,8 +67,10 @@ class DeferredLogits(torch.Tensor):
     _steps: tuple[Step, ...]
     _class_dim: int  # where the vocabulary is among the dimensions
     _is_detached: bool
+    _hidden_version: int
     _real: Tensor | None  # the real logits, once computed
-    _real_only: bool  # they were written to, so only they count
+    _real_version: int
+    _real_only: bool  # something was done to them, so only they count
 
     @staticmethod
     def __new__(
@@ -77,7 +81,8 @@ class DeferredLogits(torch.Tensor):
         shape.insert(class_dim, source.vocab_size)
         result = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=hidden.device)
         result._source, result._hidden, result._steps, result._class_dim = source, hidden, steps, class_dim
-        result._is_detached, result._real, result._real_only = False, None, False
+        result._hidden_version = _version(hidden)
+        result._is_detached, result._real, result._real_version, result._real_only = False, None, 0, False
         return result
 
     def real(self, asked_by: str | None = None) -> Tensor:
@@ -95,6 +100,7 @@ class DeferredLogits(torch.Tensor):
                 _warn_once(asked_by, self)
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self._is_detached):
                 self._real = self._ask(project).movedim(-1, self._class_dim)
+            self._real_version = _version(self._real)
         return self._real
 
     @property
@@ -105,6 +111,7 @@ class DeferredLogits(torch.Tensor):
 
     def _ask(self, request: Callable[..., tuple[Tensor, ...]], **options: Any) -> Tensor:
         fn = chain(self._steps)
+        self._check_unchanged()
 
         def bound(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
             return request(hidden, weight, bias, logits_fn=fn, split=self._source.split, **options)
@@ -119,11 +126,22 @@ class DeferredLogits(torch.Tensor):
             )
         return answer[0]
 
+    def _check_unchanged(self) -> None:
+        source = self._source
+        versions = tuple(map(_version, source.weights))
+        if versions != source.weight_versions or _version(self._hidden) != self._hidden_version:
+            raise RuntimeError(
+                "The LM head's weights or its input changed after the head was called (an optimizer step between the "
+                "logits and the loss?), so its deferred logits can't be computed any more. Compute the loss first, or "
+                "keep real logits: logits.real()."
+            )
+
     def _like(self, hidden: Tensor, *, class_dim: int | None = None, steps: tuple[Step, ...] | None = None) -> Tensor:
+        self._check_unchanged()
         steps = self._steps if steps is None else steps
         dtype = steps[-1].dtype if steps else self._meta.dtype
         result = DeferredLogits(self._source, hidden, steps, self._class_dim if class_dim is None else class_dim, dtype)
-        result._is_detached = self._is_detached
+        result._is_detached = self._is_detached or not torch.is_grad_enabled()
         return _attach(result, self._meta.requires_grad)
 
     def _view(self, hidden: Tensor, *, class_dim: int | None = None) -> Tensor:
@@ -147,17 +165,24 @@ class DeferredLogits(torch.Tensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Answers a torch function without computing logits where that is possible."""
-        kwargs = kwargs or {}
-        if is_metadata(func):
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        subject = args[0] if args else kwargs.get("input")
-        handler = HANDLERS.get(func)
-        if handler is not None and isinstance(subject, DeferredLogits) and not subject._real_only:
-            result = handler(func, *args, **kwargs)
+        kwargs = dict(kwargs or {})
+        if not args and "input" in kwargs:
+            args = (kwargs.pop("input"),)
+        subject = args[0] if args else None
+        if isinstance(subject, DeferredLogits) and not subject._is_real():
+            if is_metadata(func, args):
+                with torch._C.DisableTorchFunctionSubclass():
+                    return func(*args, **kwargs)
+            result = answer(func, args, kwargs)
             if result is not NotImplemented:
                 return result
         return _run_on_real(func, args, kwargs)
+
+    def _is_real(self) -> bool:
+        """Whether the real logits were written to, directly or through a slice of them, so that only they count."""
+        if self._real is not None and _version(self._real) != self._real_version:
+            self._real_only = True
+        return self._real_only
 
     @classmethod
     def __torch_dispatch__(
@@ -212,21 +237,21 @@ def defer_logits(
 
     autocast = AutocastState.now(hidden.device)
     dtype = autocast.cast(hidden.new_empty(0)).dtype
-    source = _Source(run, dict(split), weight.shape[0], autocast)
+    weights = tuple(t for t in (weight, bias) if t is not None)
+    source = _Source(run, dict(split), weight.shape[0], autocast, weights, tuple(map(_version, weights)))
     result = DeferredLogits(source, hidden, (), hidden.dim() - 1, dtype)
-    tensors = [t for t in (hidden, weight, bias) if t is not None]
-    needs_graph = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    return _attach(result, needs_graph, *tensors)
+    result._is_detached = not torch.is_grad_enabled()
+    return _attach(result, any(t.requires_grad for t in (hidden, *weights)))
 
 
 # --- graph ---
 
 
-def _attach(deferred: DeferredLogits, needs_graph: bool, *parents: Tensor) -> DeferredLogits:
+def _attach(deferred: DeferredLogits, needs_graph: bool) -> DeferredLogits:
     """Gives deferred logits a ``grad_fn`` for whoever searches the graph (DDP with unused parameters does)."""
-    if not (needs_graph and torch.is_grad_enabled()) or deferred._is_detached:
+    if not needs_graph or deferred._is_detached:
         return deferred
-    return _Anchor.apply([deferred], *(parents or (deferred._hidden,)))
+    return _Anchor.apply([deferred], deferred._hidden, *deferred._source.weights)
 
 
 class _Anchor(torch.autograd.Function):
@@ -238,7 +263,7 @@ class _Anchor(torch.autograd.Function):
         return holder[0]
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         raise RuntimeError(
             "A gradient reached deferred logits themselves. Use a loss on them, or logits.real() for a plain tensor."
@@ -276,20 +301,23 @@ def _run_on_real(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappin
         return tensor.real(asked_by=name)
 
     real_args, real_kwargs = tree_map_only(DeferredLogits, to_real, (args, dict(kwargs)))
-    versions = [_version(t.real()) for t in found]
+    writes = _writes(func)
     result = func(*real_args, **real_kwargs)
-    for tensor, version in zip(found, versions, strict=True):
-        real = tensor.real()
-        if _version(real) != version or (real.is_inference() and _writes(name)):
+    for tensor in found:
+        if tensor._is_real() or writes:
             tensor.refuse_if_viewed(name)
             tensor._real_only = True
-            result = tensor if result is real else result
+            result = tensor if result is tensor._real else result
     return result
 
 
 def _version(tensor: Tensor) -> int:
+    """How often a tensor was written to; inference tensors don't count."""
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _writes(name: str) -> bool:
-    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
+def _writes(func: Callable[..., Any]) -> bool:
+    """Whether a torch function does something to its first tensor that later ones must find done."""
+    name = getattr(func, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or name.startswith("__i") or name in ("__setitem__", "__set__", "register_hook", "retain_grad")

@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
 
 from lightning_mst.ops.context import AutocastState
+from lightning_mst.ops.metadata import needs_no_values
 
 
 class FindLastLinear(TorchFunctionMode):
@@ -34,7 +36,12 @@ class FindLastLinear(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        used = not needs_no_values(func) and any(t is self._last for t in tree_leaves((args, kwargs)))
+        if self._last is not None and used:
+            # Somebody reads or changes its value: an in-place activation, a forward hook.
+            self._last = None
+        result = func(*args, **kwargs)
         if func is F.linear:
             self._calls += 1
             self._last = result if _is_plain(*args[:2]) else None

@@ -17,17 +17,16 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_mst.ops.chunking import chunk_bounds, resolve_num_chunks
-from lightning_mst.ops.context import AutocastState
+from lightning_mst.ops.context import AutocastState, first_order_only
 
 LogitsFn = Callable[[Tensor], Tensor]
 
 _HALF = (torch.float16, torch.bfloat16)
 # A chunk's softmax is worked out in so many blocks of rows, each small enough for a cache: its temporaries then take a
 # few per cent of the chunk's bytes instead of several times as many.
-_BLOCKS_PER_CHUNK = 48
+_BLOCKS_PER_CHUNK = 64
 # Half-precision weight gradients are added to their fp32 sum in so many slices of the vocabulary.
 _WEIGHT_SLICES = 16
 
@@ -98,7 +97,7 @@ def linear_cross_entropy(
     from arXiv 2204.02311, section 5.
     """
     _check(hidden, weight, labels, bias, class_weights, reduction, label_smoothing)
-    flat_labels = labels.reshape(-1)
+    flat_labels = labels.reshape(-1).long()
     live = flat_labels != ignore_index
     rows = live.nonzero().squeeze(1)
     _check_range(flat_labels[rows], weight.shape[0], ignore_index)
@@ -358,7 +357,7 @@ class _LossWithGrads(torch.autograd.Function):
         return (loss / count if count != 0 else loss * math.nan) if mean else loss, result.correct
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         # With retain_graph the saved gradients are needed again; without, they are scaled where they are.
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
@@ -396,7 +395,7 @@ class _LossPerToken(torch.autograd.Function):
         return losses, result.correct
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         rows, labels, hidden, weight, bias = ctx.saved_tensors
         need = ctx.needs_input_grad[3:6]

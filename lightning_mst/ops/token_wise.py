@@ -27,10 +27,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from lightning_mst.ops.chunking import chunk_bounds, resolve_num_chunks
-from lightning_mst.ops.context import AutocastState, RNGState, drop_autocast_copies
+from lightning_mst.ops.context import AutocastState, RNGState, drop_autocast_copies, first_order_only
 from lightning_mst.ops.last_linear import FindLastLinear, SkipLastLinear
 
 Block = Callable[..., Tensor | tuple[Tensor, ...]]
@@ -292,7 +291,7 @@ class _SaveFirst(torch.autograd.Function):
         return tensors[0].new_empty((), dtype=torch.float32)
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
         run: _Run = ctx.run
         saved = ctx.saved_tensors
@@ -311,7 +310,7 @@ class _ComputeSecond(torch.autograd.Function):
         return run.forward(inputs)
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # Beside the graph and not along it: an edge would demand that the output has the shape of the input.
         ctx.run.output_grads = grads
