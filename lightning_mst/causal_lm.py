@@ -1,0 +1,117 @@
+"""A LightningModule that trains any causal language model which computes its own loss."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_mst.metrics import Perplexity
+
+__all__ = ["CausalLM"]
+
+IGNORE_INDEX = -100
+
+
+class CausalLM(pl.LightningModule):
+    """Trains ``model(input_ids=..., labels=...)``, whose loss is the mean cross-entropy of the next token.
+
+    A batch is a mapping with ``input_ids`` and ``labels``, both int64 of shape ``(B, S)``. The labels are not shifted
+    (``labels[b, s]`` belongs to ``input_ids[b, s]``; the model shifts them, as transformers does), and ``-100`` marks
+    a token that does not count.
+
+    Logs ``train_loss`` at each step, and over each validation ``val_loss`` (mean over all counted tokens, nats) and
+    ``val_perplexity``. Neither needs logits, so both stay small with a mini-sequence LM head.
+
+    Args:
+        model: A causal language model of transformers, or any module that answers ``input_ids`` and ``labels`` with
+            its loss: the loss itself, a tuple that begins with it, a mapping with ``"loss"``, or an object with
+            ``.loss``.
+        optimizer: Parameters -> optimizer. Default: ``torch.optim.AdamW`` with a learning rate of 1e-3. An optimizer
+            that does not go with every trainer may have a method ``check_trainer(trainer)``, which raises.
+        scheduler: Optimizer -> learning rate scheduler, stepped after each optimizer step. Default: none.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
+        scheduler: Callable[[Optimizer], Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.perplexity = Perplexity()
+        # A cache of keys and values is of no use in training, and keeps every layer's alive.
+        self._forward_options = {"use_cache": False} if _takes_use_cache(model) else {}
+
+    @override
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        """The mean loss over the counted tokens, of shape ``()``; ``input_ids`` and ``labels`` are ``(B, S)``."""
+        return _loss_of(self.model(input_ids=input_ids, labels=labels, **self._forward_options))
+
+    @override
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        """Loss of one batch, logged as ``train_loss``."""
+        loss = self(batch["input_ids"], batch["labels"])
+        self.log("train_loss", loss, prog_bar=True, on_step=True, on_epoch=False)
+        return loss
+
+    @override
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Adds one batch to ``val_loss`` and ``val_perplexity``."""
+        # The first label of a row has no token before it that could predict it.
+        num_tokens = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+        if num_tokens == 0:
+            return  # the mean over no tokens is nan
+        loss = self(batch["input_ids"], batch["labels"])
+        self.perplexity.update(loss * num_tokens, num_tokens)
+        self.log("val_perplexity", self.perplexity, prog_bar=True, on_step=False, on_epoch=True)
+        self.log("val_loss", loss, batch_size=num_tokens, on_step=False, on_epoch=True, sync_dist=True)
+
+    @override
+    def configure_optimizers(self) -> Any:
+        """The optimizer of the trainable parameters, with its scheduler if there is one."""
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=1e-3) if self.optimizer is None else self.optimizer(parameters)
+        check_trainer = getattr(optimizer, "check_trainer", None)
+        if check_trainer is not None:
+            check_trainer(self.trainer)
+        if self.scheduler is None:
+            return optimizer
+        schedule = {"scheduler": self.scheduler(optimizer), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+
+def _takes_use_cache(model: nn.Module) -> bool:
+    """Whether ``forward`` understands ``use_cache``, by name or (wrapped models) because its configuration has it."""
+    parameters = inspect.signature(model.forward).parameters
+    if "use_cache" in parameters:
+        return True
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return takes_any and hasattr(getattr(model, "config", None), "use_cache")
+
+
+def _loss_of(output: Any) -> Tensor:
+    """The loss in what a model returned."""
+    if isinstance(output, Mapping):  # transformers' outputs are mappings, too
+        loss = output.get("loss")
+    elif isinstance(output, (tuple, list)):
+        loss = output[0] if output else None
+    else:
+        loss = getattr(output, "loss", output)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise TypeError(
+            f"Given input_ids and labels, the model should return its loss (one number), got {got} in a"
+            f" {type(output).__name__}. Return the loss, (loss, ...), or an object with `.loss`."
+        )
+    return loss

@@ -1,0 +1,127 @@
+"""Causal language models to train: from a transformers configuration, or from trained weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+__all__ = ["check_positions", "check_vocabulary", "from_config", "from_pretrained"]
+
+
+def from_config(
+    config: PreTrainedConfig,
+    *,
+    attn_implementation: str = "sdpa",
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Build a causal language model with random weights, in train mode.
+
+    Args:
+        config: A transformers configuration, such as ``LlamaConfig(hidden_size=256, ...)``.
+        attn_implementation: ``"sdpa"``, ``"eager"``, ``"flex_attention"``, ``"flash_attention_2"``, ...
+        dtype: Of the weights. Default: torch's default dtype, which ``Trainer.init_module()`` sets according to the
+            trainer's precision.
+
+    Returns:
+        The model, on the device that is current (``torch.device`` as a context manager, ``Trainer.init_module()``).
+
+    Raises:
+        ValueError: transformers knows no causal language model of this configuration, or the model does not support
+            this kind of attention.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(
+        config, attn_implementation=attn_implementation, dtype=dtype or torch.get_default_dtype()
+    )
+    return model.train()
+
+
+def from_pretrained(
+    name: str,
+    *,
+    revision: str | None = None,
+    random_weights: bool = False,
+    attn_implementation: str = "sdpa",
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """Load a causal language model, in train mode.
+
+    transformers hands trained models over in eval mode, where its activation checkpointing is silently off.
+
+    Args:
+        name: A name on the Hugging Face hub, or a local folder that ``save_pretrained`` wrote.
+        revision: Branch, tag or commit on the hub.
+        random_weights: Read the configuration only, and start from random weights.
+        attn_implementation: As in :func:`from_config`.
+        dtype: Of the weights, whatever they were stored in. Default: as in :func:`from_config`.
+        trust_remote_code: Run model code that lies beside the weights.
+
+    Raises:
+        OSError: There is no such model, or it cannot be reached.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+    options = {"attn_implementation": attn_implementation, "dtype": dtype or torch.get_default_dtype()}
+    if random_weights:
+        config = AutoConfig.from_pretrained(name, **source)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **options)
+    else:
+        # Onto the CPU first: under a device context transformers would want the accelerate package.
+        with torch.device("cpu"):
+            model = AutoModelForCausalLM.from_pretrained(name, **source, **options)
+    return model.train()
+
+
+def check_vocabulary(model: nn.Module, vocab_size: int) -> None:
+    """Make sure that the model has an embedding for every token id.
+
+    Without this check a CPU run ends in an index error and a GPU run in a device-side assertion, neither of which
+    names the cause. A model without ``get_input_embeddings`` is not checked.
+
+    Args:
+        model: The language model.
+        vocab_size: Number of entries of the tokenizer.
+
+    Raises:
+        ValueError: The tokenizer has more entries than the model's embedding.
+    """
+    get_embeddings = getattr(model, "get_input_embeddings", None)
+    if get_embeddings is None:
+        return
+    rows = get_embeddings().weight.shape[0]
+    if vocab_size > rows:
+        raise ValueError(
+            f"The tokenizer has {vocab_size} entries, but the model's embedding has only {rows}. Use the model's own"
+            f" tokenizer (data.tokenizer=NAME), train a smaller one (data.vocab_size={rows}), or give a model with"
+            f" random weights a larger vocabulary (model.config.vocab_size={vocab_size})."
+        )
+
+
+def check_positions(model: nn.Module, sequence_length: int) -> None:
+    """Make sure that a model with learned positions has one for every token of a sequence.
+
+    Rotary positions are computed, so that any length runs, trained or not.
+
+    Args:
+        model: The language model.
+        sequence_length: Tokens per sequence.
+
+    Raises:
+        ValueError: The sequences are longer than the model's table of positions.
+    """
+    config = getattr(model, "config", None)
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None or getattr(config, "rope_parameters", None) or sequence_length <= positions:
+        return
+    raise ValueError(
+        f"The sequences have {sequence_length} tokens, but the model has learned positions for only {positions}."
+        f" Set data.sequence_length={positions} or less."
+    )

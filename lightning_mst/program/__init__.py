@@ -1,0 +1,1 @@
+"""The pieces of the command line program: training, sweeps, and the comparison of settings."""

@@ -1,0 +1,78 @@
+"""What each training step gave."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+__all__ = ["History"]
+
+
+log = logging.getLogger(__name__)
+
+
+class History(pl.Callback):
+    """Keeps the loss of every optimizer step and the metrics of the steps, whatever the loggers are.
+
+    Put it last, so that it sees what the other callbacks logged.
+    """
+
+    def __init__(self) -> None:
+        self._losses: list[Tensor] = []  # stays on the device: a transfer per step would make the CPU wait
+        self._accumulated: list[Tensor] = []
+        self._step = 0
+        self.started = False  # whether training has begun: what fails earlier is the configuration
+        self._peaks: list[Tensor] = []
+        self._tokens_per_second: Tensor | None = None
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remembers where training begins."""
+        self._step = trainer.global_step
+        self.started = True
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Takes down the step's metrics."""
+        metrics = trainer.callback_metrics
+        if "train_loss" in metrics:
+            self._accumulated.append(metrics["train_loss"].detach().clone())
+        if trainer.global_step > self._step:  # the optimizer has stepped on what has been accumulated
+            self._step = trainer.global_step
+            if self._accumulated:
+                self._losses.append(torch.stack(self._accumulated).mean())
+            self._accumulated = []
+            self._report(trainer)
+        if "peak_memory_gib" in metrics:
+            self._peaks.append(metrics["peak_memory_gib"].detach().clone())
+        if "tokens_per_second" in metrics:
+            self._tokens_per_second = metrics["tokens_per_second"]
+
+    def _report(self, trainer: pl.Trainer) -> None:
+        """About ten lines over a run that no progress bar shows."""
+        bar = trainer.progress_bar_callback
+        every = max(1, trainer.max_steps // 10) if trainer.max_steps > 0 else 10
+        if (bar is None or bar.is_disabled) and self._step % every == 0 and trainer.is_global_zero and self._losses:
+            log.info("step %d: loss %.4f", self._step, self._losses[-1])
+
+    @property
+    def losses(self) -> list[float]:
+        """Loss of each optimizer step (mean over the batches that it accumulated)."""
+        return [float(loss) for loss in self._losses]
+
+    @property
+    def peak_memory_gib(self) -> float | None:
+        """The highest peak of all steps, or None where nothing measured it."""
+        return max((float(peak) for peak in self._peaks), default=None)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Over the whole training, or None where nothing measured it."""
+        return None if self._tokens_per_second is None else float(self._tokens_per_second)

@@ -1,0 +1,31 @@
+"""Lightning's messages under Hydra's logging."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+__all__ = ["tidy_lightning_output"]
+
+
+def tidy_lightning_output() -> None:
+    """Let each message of Lightning appear once, in the run's log too, and without what no user can act on.
+
+    Imported before logging is set up, Lightning's loggers print by themselves and pass nothing on; imported later they
+    do both, so that below Hydra's handlers every message comes twice.
+    """
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+    rank_zero = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    if _is_no_tip not in rank_zero.filters:
+        rank_zero.addFilter(_is_no_tip)
+    # Reading a mapped file is fastest in the process that trains.
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    # Lightning's own use of torch.
+    warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\).*")
+
+
+def _is_no_tip(record: logging.LogRecord) -> bool:
+    return "Tip: For seamless" not in record.getMessage()

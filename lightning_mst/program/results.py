@@ -1,0 +1,36 @@
+"""The file that every run leaves."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+__all__ = ["read_result", "remove_result", "write_result"]
+
+_NAME = "result.json"
+
+
+def write_result(folder: Path, result: dict[str, Any]) -> None:
+    """Write ``result.json`` into a run's folder; numbers that JSON does not know (nan, infinity) become null."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({key: _finite(value) for key, value in result.items()}, indent=2, allow_nan=False)
+    (folder / _NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """What ``result.json`` in a run's folder says, or None if there is none."""
+    path = folder / _NAME
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def remove_result(folder: Path) -> None:
+    """Make sure that an old result does not stand for a run that fails."""
+    (folder / _NAME).unlink(missing_ok=True)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

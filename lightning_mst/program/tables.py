@@ -1,0 +1,54 @@
+"""Results as tables in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+__all__ = ["print_summary", "print_table"]
+
+
+def print_summary(result: dict[str, Any], folder: Path) -> None:
+    """Print the result of one training run, as :func:`lightning_mst.program.train.train` returns it."""
+    settings = {key: value for key, value in result["mst"].items() if not key.endswith(("modules", "module"))}
+    table = Table(title="Training run", show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column()
+    for name, value in {
+        "model": f"{result['model'] or 'model'}, {result['parameters']:,} parameters, {result['precision']}",
+        "mini-sequences": ", ".join(f"{key}={'off' if value is None else value}" for key, value in settings.items()),
+        "tokens per step": f"{result['batch_size']} x {result['sequence_length']:,}",
+        "steps": str(result["steps"]),
+        "loss of the last step": number(result["loss"], 4),
+        "validation perplexity": number(result["val_perplexity"], 2),
+        "tokens per second": number(result["tokens_per_second"], 0),
+        "peak memory (GiB)": number(result["peak_memory_gib"], 3),
+        "written to": str(folder),
+    }.items():
+        table.add_row(name, value)
+    console().print(table)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print rows of text under a title; all columns but the first are aligned to the right."""
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console().print(table)
+
+
+def console() -> Console:
+    """The terminal, or a file that is wide enough for a table's columns not to be folded."""
+    terminal = Console()
+    return terminal if terminal.is_terminal else Console(width=max(terminal.width, 120))
+
+
+def number(value: float | None, digits: int) -> str:
+    """A number for people, or a dash for what was not measured."""
+    return "-" if value is None else f"{value:,.{digits}f}"

@@ -1,0 +1,72 @@
+"""Tokens per second of the training steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+__all__ = ["Throughput"]
+
+
+class Throughput(pl.Callback):
+    """Logs ``tokens_per_second``: over all training steps so far but the first, on all devices together.
+
+    The first step warms up (allocators, kernel choice, compilation, a check of the gradients), so it counts only
+    while it is the only one. Time between steps, such as validation, does not count. Lightning's ``ThroughputMonitor``
+    counts over a sliding window, goes to loggers alone and asks for FLOPs; this one number goes to
+    ``trainer.callback_metrics`` as well.
+
+    Reads the number of tokens from ``batch["input_ids"]``, ``(B, S)``.
+    """
+
+    def __init__(self) -> None:
+        self._start = 0.0
+        self._steps = 0
+        self._tokens = 0
+        self._seconds = 0.0
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Starts over."""
+        self._steps = 0
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Starts the clock."""
+        self._start = _now(trainer)
+
+    @override
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Mapping[str, Tensor],
+        batch_idx: int,
+    ) -> None:
+        """Stops the clock and logs."""
+        seconds = _now(trainer) - self._start
+        self._steps += 1
+        if self._steps <= 2:  # step 2 takes the place of step 1
+            self._tokens, self._seconds = 0, 0.0
+        self._tokens += batch["input_ids"].numel()
+        self._seconds += seconds
+        rate = self._tokens / self._seconds
+        # Summed over the devices: each has its own batches.
+        self.log("tokens_per_second", rate, prog_bar=True, sync_dist=True, reduce_fx="sum")
+
+
+def _now(trainer: pl.Trainer) -> float:
+    """Seconds, once the device has done all it was given to do."""
+    device = trainer.strategy.root_device
+    if device.type in ("cuda", "xpu"):
+        getattr(torch, device.type).synchronize(device)
+    return time.perf_counter()
