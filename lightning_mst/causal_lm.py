@@ -33,8 +33,7 @@ class CausalLM(pl.LightningModule):
         model: A causal language model of transformers, or any module that answers ``input_ids`` and ``labels`` with
             its loss: the loss itself, a tuple that begins with it, a mapping with ``"loss"``, or an object with
             ``.loss``.
-        optimizer: Parameters -> optimizer. Default: ``torch.optim.AdamW`` with a learning rate of 1e-3. An optimizer
-            that does not go with every trainer may have a method ``check_trainer(trainer)``, which raises.
+        optimizer: Parameters -> optimizer. Default: ``torch.optim.AdamW`` with a learning rate of 1e-3.
         scheduler: Optimizer -> learning rate scheduler, stepped after each optimizer step. Default: none.
     """
 
@@ -67,24 +66,25 @@ class CausalLM(pl.LightningModule):
 
     @override
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        """Adds one batch to ``val_loss`` and ``val_perplexity``."""
+        """Counts one batch in ``val_loss`` and ``val_perplexity``."""
         # The first label of a row has no token before it that could predict it.
         num_tokens = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
-        if num_tokens == 0:
-            return  # the mean over no tokens is nan
-        loss = self(batch["input_ids"], batch["labels"])
-        self.perplexity.update(loss * num_tokens, num_tokens)
-        self.log("val_perplexity", self.perplexity, prog_bar=True, on_step=False, on_epoch=True)
-        self.log("val_loss", loss, batch_size=num_tokens, on_step=False, on_epoch=True, sync_dist=True)
+        if num_tokens > 0:  # the mean over no tokens is nan
+            self.perplexity.update(self(batch["input_ids"], batch["labels"]) * num_tokens, num_tokens)
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        """Logs both, from the sums over all batches and devices."""
+        perplexity = self.perplexity.compute()
+        self.perplexity.reset()
+        self.log("val_perplexity", perplexity, prog_bar=True)
+        self.log("val_loss", perplexity.log())
 
     @override
     def configure_optimizers(self) -> Any:
         """The optimizer of the trainable parameters, with its scheduler if there is one."""
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=1e-3) if self.optimizer is None else self.optimizer(parameters)
-        check_trainer = getattr(optimizer, "check_trainer", None)
-        if check_trainer is not None:
-            check_trainer(self.trainer)
         if self.scheduler is None:
             return optimizer
         schedule = {"scheduler": self.scheduler(optimizer), "interval": "step"}

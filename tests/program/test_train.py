@@ -92,15 +92,6 @@ def test_bf16_weights_train(train):
     assert 0 < result["loss"] < 10
 
 
-def test_the_optimizer_in_the_backward_pass_trains_like_the_ordinary_one(train, tmp_path):
-    options = ["trainer.gradient_clip_val=null", "optimizer.lr=0.01"]
-    ordinary = train(*options, "optimizer.fused=false", folder=tmp_path / "ordinary")
-    in_backward = train(*options, "optimizer=adamw_in_backward", folder=tmp_path / "in_backward")
-
-    assert in_backward["losses"] == pytest.approx(ordinary["losses"], rel=1e-5)
-    assert in_backward["val_perplexity"] == pytest.approx(ordinary["val_perplexity"], rel=1e-4)
-
-
 def test_metrics_of_every_step_go_to_the_csv_logger(train, tmp_path):
     train("logger=csv")
 
@@ -205,12 +196,6 @@ def test_a_model_that_does_not_exist_is_named(run_badly, hf, tmp_path):
 
     assert "model: " in error
     assert "nothing" in error
-
-
-def test_clipping_does_not_go_with_an_optimizer_in_the_backward_pass(run_badly):
-    error = run_badly("optimizer=adamw_in_backward", "trainer.gradient_clip_val=1.0")
-
-    assert "trainer.gradient_clip_val=1.0 (set it to null)" in error
 
 
 def test_a_real_error_keeps_its_stack_trace(tiny, tmp_path, capsys, monkeypatch):
