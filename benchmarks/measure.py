@@ -15,17 +15,16 @@ Step = Callable[[], Tensor]
 
 
 def seconds(steps: dict[str, Step], repetitions: int) -> dict[str, float]:
-    """The median time of each step, forward and backward.
+    """The median time of each step, forward and backward. Warm up before.
 
     The steps take turns, so that a machine that speeds up or slows down does so for all of them.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for repetition in range(repetitions + 1):
+    for _ in range(repetitions):
         for name, step in steps.items():
             start = time.perf_counter()
             step().backward()
-            if repetition:  # the first round warms up
-                times[name].append(time.perf_counter() - start)
+            times[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

