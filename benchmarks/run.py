@@ -33,27 +33,41 @@ def contest(name: str, steps: dict[str, measure.Step], inputs: list[torch.Tensor
     return rows
 
 
+def head_rows(length: int, runs: int) -> list[dict]:
+    hidden = torch.randn(length, HIDDEN, requires_grad=True)
+    weight = (torch.randn(VOCAB, HIDDEN) / HIDDEN**0.5).requires_grad_()
+    labels = torch.randint(0, VOCAB, (length,))
+    return contest("LM head", blocks.lm_heads(hidden, weight, labels), [hidden, weight, labels], length, runs)
+
+
+def mlp_rows(length: int, runs: int) -> list[dict]:
+    mlp = blocks.GatedMLP(HIDDEN, INTERMEDIATE)
+    x = torch.randn(1, length, HIDDEN, requires_grad=True)
+    rows: list[dict] = []
+    for name, in_layer in (("MLP", False), ("MLP, checkpointed layer", True)):
+        rows += contest(name, blocks.mlps(x, mlp, in_layer=in_layer), [x, *mlp.parameters()], length, runs)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
     parser.add_argument(
         "--runs", type=int, default=3, help="timed repetitions up to S = 4096 (beyond: 1); the median counts"
     )
+    parser.add_argument("--only", choices=["head", "mlp"], help="measure one block, and keep the file's other rows")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     rows: list[dict] = []
     for length in arguments.lengths:
-        hidden = torch.randn(length, HIDDEN, requires_grad=True)
-        weight = (torch.randn(VOCAB, HIDDEN) / HIDDEN**0.5).requires_grad_()
-        labels = torch.randint(0, VOCAB, (length,))
-        rows += contest(
-            "LM head", blocks.lm_heads(hidden, weight, labels), [hidden, weight, labels], length, arguments.runs
-        )
-        mlp = blocks.GatedMLP(HIDDEN, INTERMEDIATE)
-        x = torch.randn(1, length, HIDDEN, requires_grad=True)
-        inputs = [x, *mlp.parameters()]
-        for name, in_layer in (("MLP", False), ("MLP, checkpointed layer", True)):
-            rows += contest(name, blocks.mlps(x, mlp, in_layer=in_layer), inputs, length, arguments.runs)
+        if arguments.only != "mlp":
+            rows += head_rows(length, arguments.runs)
+        if arguments.only != "head":
+            rows += mlp_rows(length, arguments.runs)
+    if arguments.only:
+        kept = json.loads(RESULTS.read_text())["rows"]
+        rows += [row for row in kept if (row["block"] == "LM head") == (arguments.only == "mlp")]
+    rows.sort(key=lambda row: row["block"])
     result = {
         "date": datetime.date.today().isoformat(),
         "device": f"CPU, {torch.get_num_threads()} threads, {platform.machine()}",

@@ -172,37 +172,48 @@ class _Run:
         sums = _Sums(trained, len(self.bounds), taken=[*inputs, *output_grads])
         rng = self.rng.replayed() if self.rng is not None else nullcontext()
         with rng, self.autocast.restored():
-            for index, (start, stop) in enumerate(self.bounds):
-                parts = [
-                    self.piece(t, start, stop).detach().requires_grad_(need)
-                    for t, need in zip(flat, need_inputs, strict=True)
-                ]
-                outputs = self._with_graph(parts)
-                if index == 0:
-                    self._check_graph(outputs, parts)
-                pairs = [
-                    (y, self.piece(g, start, stop)) for y, g in zip(outputs, flat_grads, strict=True) if y.requires_grad
-                ]
-                if not pairs:
-                    continue
-                leaves = [t for t in parts if t.requires_grad]
-                grads = torch.autograd.grad(
-                    [y for y, _ in pairs],
-                    [*leaves, *trained],
-                    [g.to(y.dtype) for y, g in pairs],
-                    allow_unused=True,
-                )
-                of_leaves = iter(grads)
-                for position, (source, need) in enumerate(zip(inputs, need_inputs, strict=True)):
-                    grad = next(of_leaves) if need else None
-                    if grad is not None:
-                        if input_grads[position] is None:
-                            input_grads[position] = torch.zeros_like(source, memory_format=torch.contiguous_format)
-                        into = self.rows(input_grads[position])
-                        into[start:stop] = grad.reshape(stop - start, *into.shape[1:])
-                sums.add(grads[len(leaves) :])
+            for start, stop in self.bounds:
+                self._differentiate(start, stop, flat, flat_grads, need_inputs, trained, input_grads, sums)
         of_trained = iter(sums.take())
-        return input_grads, [next(of_trained) if need else None for need in need_weights]
+        shaped = [g if g is None else g.view(t.shape) for g, t in zip(input_grads, inputs, strict=True)]
+        return shaped, [next(of_trained) if need else None for need in need_weights]
+
+    def _differentiate(
+        self,
+        start: int,
+        stop: int,
+        flat: list[Tensor],
+        flat_grads: list[Tensor],
+        need_inputs: Sequence[bool],
+        trained: list[Tensor],
+        input_grads: list[Tensor | None],
+        sums: _Sums,
+    ) -> None:
+        """One chunk's gradients, added to the others'. A function of its own, so that all it made is gone after it."""
+        parts = [
+            self.piece(t, start, stop).detach().requires_grad_(need) for t, need in zip(flat, need_inputs, strict=True)
+        ]
+        outputs = self._with_graph(parts)
+        if start == 0:
+            self._check_graph(outputs, parts)
+        pairs = [(y, self.piece(g, start, stop)) for y, g in zip(outputs, flat_grads, strict=True) if y.requires_grad]
+        if not pairs:
+            return
+        leaves = [index for index, need in enumerate(need_inputs) if need]
+        grads = torch.autograd.grad(
+            [y for y, _ in pairs],
+            [*(parts[index] for index in leaves), *trained],
+            [g.to(y.dtype) for y, g in pairs],
+            allow_unused=True,
+        )
+        for index, grad in zip(leaves, grads, strict=False):
+            if grad is not None:
+                whole = input_grads[index]
+                if whole is None:
+                    whole = torch.zeros_like(flat[index], memory_format=torch.contiguous_format)
+                    input_grads[index] = whole
+                whole[start:stop] = grad.reshape(stop - start, *whole.shape[1:])
+        sums.add(grads[len(leaves) :])
 
     def _with_graph(self, parts: list[Tensor]) -> tuple[Tensor, ...]:
         with torch.enable_grad():

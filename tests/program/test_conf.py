@@ -159,4 +159,3 @@ def test_an_experiment_picks_other_options(compose_config):
     assert config.mst.mlp_chunks == "paper"
     assert config.trainer.precision == "bf16-true"
     assert config.data.sequence_length == 61440
-    assert config.data.sequence_length == 61440
