@@ -79,7 +79,7 @@ def block(axes: Axes, title: str, chunks: int) -> None:
                 )
             )  # fmt: skip
         axes.text(x + width / 2, -0.35, label, ha="center", va="top", fontsize=8, color=INK)
-    note = "all intermediates at once" if chunks == 1 else "one chunk's intermediates"
+    note = "all intermediates at once" if chunks == 1 else "one chunk at a time"
     axes.text(4.25, height - height / chunks / 2, note, ha="center", va="center", fontsize=8, color="white")
     axes.set(xlim=(-0.4, 9), ylim=(-1.8, height + 0.2))
     axes.axis("off")

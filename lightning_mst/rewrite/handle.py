@@ -246,7 +246,7 @@ class _Plan:
             return None
         class_name = type(found.module).__name__
         if found.reason is None:
-            self.rows.append(Row("LM head", found.name, class_name, _mini(config.lm_head_chunks), "with its loss"))
+            self.rows.append(Row("LM head", found.name, class_name, _mini(config.lm_head_chunks)))
             return found
         if config.lm_head_module is not None:
             raise ValueError(f"{found.name} can't be a mini-sequence LM head: {found.reason}.")
