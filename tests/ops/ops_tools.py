@@ -1,15 +1,13 @@
-"""Measures shared by the tests of the ops: distances, matmuls, bytes."""
+"""Measures shared by the tests of the ops: distances and matmuls."""
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -60,38 +58,3 @@ class Matmuls(TorchDispatchMode):
             return result
         self.multiply_adds += left.numel() * right.shape[-1]
         return result
-
-
-class LiveBytes(TorchDispatchMode):
-    """Follows the bytes of all tensors that come into being inside, by weak references to their storages."""
-
-    def __init__(self, existing: Iterable[Tensor] = ()) -> None:
-        super().__init__()
-        self.live = 0
-        self.peak = 0
-        self._known: dict[int, weakref.ref[Any]] = {}
-        self._sizes: dict[int, int] = {}
-        self._existing = [t.untyped_storage() for t in existing]
-        self._ignored = {s._cdata for s in self._existing}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        before = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._follow(tensor.untyped_storage(), before)
-        return result
-
-    def _follow(self, storage: Any, before: set[int]) -> None:
-        key = storage._cdata
-        if key in self._known or key in self._ignored or key in before:
-            return
-        size = storage.nbytes()
-
-        def gone(_: Any) -> None:
-            if self._known.pop(key, None) is not None:
-                self.live -= size
-
-        self._known[key] = weakref.ref(storage, gone)
-        self.live += size
-        self.peak = max(self.peak, self.live)

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from ops_tools import LiveBytes, Matmuls, assert_close, distance, total_distance
+from ops_tools import Matmuls, assert_close, distance, total_distance
 from torch import Tensor
 
+from lightning_mst.memory import TensorBytes
 from lightning_mst.ops import linear_cross_entropy
 
 D, V, B, S = 6, 17, 2, 7
@@ -576,7 +577,7 @@ def peak_bytes(
     dtype: torch.dtype, tokens: int, logits_fn: Callable[[Tensor], Tensor] | None, *, plain: bool = False
 ) -> int:
     hidden, weight, labels = make(dtype, (1, tokens), d=WIDE_D, v=WIDE_V)
-    with LiveBytes([hidden, weight, labels]) as memory:
+    with TensorBytes([hidden, weight, labels]) as memory:
         if plain:
             reference(hidden, weight, labels, logits_fn=logits_fn).backward()
         else:

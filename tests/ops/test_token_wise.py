@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from ops_tools import TOLERANCE, LiveBytes, assert_close, total_distance
+from ops_tools import TOLERANCE, assert_close, total_distance
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_mst.memory import TensorBytes
 from lightning_mst.ops import token_wise
 from lightning_mst.ops.chunking import chunk_bounds
 
@@ -815,10 +816,10 @@ def test_nothing_but_the_input_is_saved_for_the_backward_pass(inner: int, num_ch
 def test_no_tensor_but_the_output_stays_alive_after_the_forward_pass(num_chunks: int) -> None:
     block, x = GatedMLP(inner=256), input_of((2, 512, D), torch.float32)
     rng_state = torch.get_rng_state().nbytes
-    with LiveBytes([x, *block.parameters()]) as memory:
+    with TensorBytes([x, *block.parameters()]) as memory:
         y = token_wise(block, x, num_chunks=num_chunks)
     assert memory.live <= y.nbytes + rng_state + 64
-    with LiveBytes([x, *block.parameters()]) as plain:
+    with TensorBytes([x, *block.parameters()]) as plain:
         kept = block(x)
     assert plain.live > 10 * kept.nbytes
 
@@ -830,7 +831,7 @@ def test_the_peak_falls_with_the_number_of_chunks() -> None:
     for num_chunks in (4, 16, 64):
         block.zero_grad()
         x.grad = None
-        with LiveBytes([x, *block.parameters()]) as memory:
+        with TensorBytes([x, *block.parameters()]) as memory:
             token_wise(block, x, num_chunks=num_chunks).sum().backward()
         peaks.append(memory.peak - fixed)
     inner_bytes = 1024 * 256 * 4

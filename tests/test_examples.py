@@ -1,0 +1,43 @@
+"""Every example runs from an empty folder and prints what it promises."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(name: str, folder: Path) -> str:
+    shutil.copy(EXAMPLES / name, folder)
+    done = subprocess.run([sys.executable, name], cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_lightning_example_trains_and_logs_its_peak_memory(tmp_path):
+    output = run("lightning_trainer.py", tmp_path)
+    assert "model.lm_head" in output
+    assert float(re.search(r"train_loss: ([\d.]+)", output)[1]) < 8
+    assert float(re.search(r"peak_memory_gib: ([\d.]+)", output)[1]) > 0.05
+
+
+def test_the_plain_example_shows_the_same_loss_in_less_memory(tmp_path):
+    output = run("plain_pytorch.py", tmp_path)
+    losses = [float(x) for x in re.findall(r"loss ([\d.]+)", output)]
+    peaks = [float(x) for x in re.findall(r"peak (\d+) MiB", output)]
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-6)
+    assert peaks[1] < 0.5 * peaks[0]
+    assert peaks[1] < peaks[2] < peaks[0]
+    assert peaks[3] == peaks[0]
+
+
+def test_every_example_is_tested_and_listed():
+    names = {path.name for path in EXAMPLES.glob("*.py")}
+    assert names == set(re.findall(r"run\(\"(\w+\.py)\"", Path(__file__).read_text()))
+    assert all(f"`{name}`" in (EXAMPLES / "README.md").read_text() for name in names)
