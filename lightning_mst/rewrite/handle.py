@@ -167,12 +167,9 @@ class _Plan:
 
     def carry_out(self) -> None:
         config = self._config
-        layer_of = {m: layer for _, layer in self._layers for m in layer.modules()}
         for mlp in self._mlps:
             assert config.mlp_chunks is not None
-            layer = layer_of.get(mlp.module)
-            norm = post_norm_of(layer, mlp.module) if layer is not None and config.mlp_modules is None else None
-            rewrite_mlp(mlp.module, config.mlp_chunks, norm)
+            rewrite_mlp(mlp.module, config.mlp_chunks, self._post_norm(mlp))
         if self._head is not None:
             assert config.lm_head_chunks is not None
             rewrite_lm_head(self._head.module, config.lm_head_chunks)
