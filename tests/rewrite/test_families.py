@@ -9,7 +9,8 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from rewrite_models import FAMILIES, VOCAB, build, distance, gradients, hf_loss, multiply_adds
+import transformers
+from rewrite_models import BASE, FAMILIES, VOCAB, build, distance, gradients, hf_loss, multiply_adds
 from torch import nn
 
 from lightning_mst import apply_mst
@@ -179,3 +180,18 @@ def test_the_lm_head_takes_three_matmul_passes_and_two_when_it_is_frozen(family)
     assert multiply_adds(model, lambda: hf_loss(model, ids, ids), VOCAB) == 3 * one_pass
     head.requires_grad_(False)
     assert multiply_adds(model, lambda: hf_loss(model, ids, ids), VOCAB) == 2 * one_pass
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("Olmo2", {}), ("Gemma3Text", {"head_dim": 12, "query_pre_attn_scalar": 12}), ("Glm4", {"head_dim": 12})],
+)
+def test_other_layers_whose_norm_joins_the_mlp_stay_exact_without_a_second_run_of_it(name, options, batch):
+    config = getattr(transformers, f"{name}Config")(**{**BASE, **options})
+    model = transformers.AutoModelForCausalLM.from_config(config).double().train()
+    expected = gradients(model, hf_loss(model, *batch))
+    handle = apply_mst(model, **OPTIONS)
+    assert {row.reason for row in handle.rows if row.block == "MLP"} == {"with the norm after it"}
+    assert distance(gradients(model, hf_loss(model, *batch)), expected) < 1e-6
+    one_pass = 66 * sum(p.numel() for p in model.parameters() if p.dim() == 2 and set(p.shape) & {112, 224})
+    assert multiply_adds(model, lambda: hf_loss(model, *batch), 112, 224) <= 4 * one_pass
