@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ class _Source:
     autocast: AutocastState
     weights: tuple[Tensor, ...]
     weight_versions: tuple[int, ...]
-    has_views: bool = field(default=False)
+    has_views: bool = False
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,7 @@ class _Run:
                 outputs = tuple(result) if self.returns_tuple else (result,)
                 self._check_outputs(outputs, stop - start)
                 if index == 0:
-                    rest = [t.shape[max(1, len(self.lead)) :] for t in outputs]
+                    rest = [t.shape[len(self.lead) :] for t in outputs]
                     whole = [t.new_empty(self.lead.numel(), *r) for t, r in zip(outputs, rest, strict=True)]
                 for into, part in zip(whole, outputs, strict=True):
                     into[start:stop] = part.reshape(stop - start, *into.shape[1:])

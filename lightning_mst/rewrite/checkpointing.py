@@ -11,13 +11,18 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_mst.rewrite.shadow import original_forward, shadow, shadow_forward
+from lightning_mst.rewrite.shadow import original_forward, original_value, shadow, shadow_forward
 
 
 def is_transformers_layer(module: nn.Module) -> bool:
     """Whether transformers' own switch for checkpointing is in the module."""
     layers = sys.modules.get("transformers.modeling_layers")
     return layers is not None and isinstance(module, layers.GradientCheckpointingLayer)
+
+
+def is_checkpointed_by_itself(layer: nn.Module) -> bool:
+    """Whether transformers' switch is on in a layer, apart from what the rewrite did to it."""
+    return is_transformers_layer(layer) and bool(original_value(layer, "gradient_checkpointing"))
 
 
 def choose_layers(setting: str | int | Sequence[int], num_layers: int) -> set[int]:

@@ -15,7 +15,7 @@ from torch import nn
 from lightning_mst.rewrite.checkpointing import (
     checkpoint_layer,
     choose_layers,
-    is_transformers_layer,
+    is_checkpointed_by_itself,
     switch_models,
 )
 from lightning_mst.rewrite.config import MSTConfig
@@ -89,15 +89,7 @@ class MSTHandle:
         Raises:
             ValueError: as ``apply_mst``; the model then keeps the form that it had.
         """
-        previous = self.config
-        wanted = make_config(config or previous, options)
-        try:
-            self._apply(wanted)
-        except ValueError:
-            self._restore()
-            if previous is not None:
-                self._apply(previous)
-            raise
+        self._apply(make_config(config or self.config, options))
         return self
 
     def remove(self) -> None:
@@ -133,8 +125,9 @@ class MSTHandle:
             restore(module)
 
     def _apply(self, config: MSTConfig) -> None:
-        self._restore()
+        # First the plan, so that an error leaves the model in the form that it has.
         plan = _Plan(self.model, config)
+        self._restore()
         plan.carry_out()
         self.config, self.rows = config, plan.rows
 
@@ -260,8 +253,7 @@ class _Plan:
                 self.rows.append(Row("layer", name, type(layer).__name__, "checkpointed"))
             else:
                 reason = f"not chosen by checkpoint_layers={self._config.checkpoint_layers!r}"
-                off = is_transformers_layer(layer) and layer.gradient_checkpointing
-                form = "not checkpointed" if off else _LEFT
+                form = "not checkpointed" if is_checkpointed_by_itself(layer) else _LEFT
                 self.rows.append(Row("layer", name, type(layer).__name__, form, reason))
 
     def _left(self, block: str, name: str, class_name: str, reason: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ class _MLPForm:
     chunks: int | str
     post_norm: nn.Module | None
     # The output that has been through the post-norm already, until the post-norm is called with it.
-    normed: weakref.ref[Tensor] | None = field(default=None)
+    normed: weakref.ref[Tensor] | None = None
 
 
 @dataclass

@@ -75,6 +75,14 @@ def form_of(module: nn.Module) -> Any:
     return module.__dict__[_KEY].form
 
 
+def original_value(module: nn.Module, name: str) -> Any:
+    """An attribute's value without the shadow; for methods see ``original_forward``."""
+    state: _State = module.__dict__.get(_KEY, _State())
+    if name in state.replaced:
+        return state.replaced[name]
+    return getattr(type(module) if name in state.added else module, name)
+
+
 def original_forward(module: nn.Module) -> Callable[..., Any]:
     """The ``forward`` that runs without the shadow."""
     state = module.__dict__.get(_KEY)

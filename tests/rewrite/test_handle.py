@@ -269,6 +269,20 @@ def test_a_failed_update_keeps_the_form_that_the_model_had(batch):
     assert isinstance(model(batch[0]), DeferredLogits)
 
 
+def test_a_failed_second_apply_keeps_the_form_of_the_first(batch):
+    model = PlainTransformer()
+    apply_mst(model, **OPTIONS)
+    with pytest.raises(ValueError, match="matches no module"):
+        apply_mst(model, mlp_modules="*.nothing")
+    assert isinstance(model(batch[0]), DeferredLogits)
+
+
+def test_the_table_after_an_update_knows_what_the_layers_were_before_the_rewrite():
+    model = build("Llama 3")
+    handle = apply_mst(model, **OPTIONS).update(checkpoint_layers=2)
+    assert [row.form for row in handle.rows if row.block == "layer"] == ["checkpointed", "as it was"]
+
+
 def test_remove_restores_settings_that_were_there_before(batch):
     model = build("Llama 3")
     model.activation_checkpointing_enable() if hasattr(
