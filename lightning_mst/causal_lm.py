@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_mst.frozen_base import check_same_base, describe_frozen, has_frozen_base, without_frozen
 from lightning_mst.metrics import Perplexity
 
 __all__ = ["CausalLM"]
@@ -28,6 +29,9 @@ class CausalLM(pl.LightningModule):
 
     Logs ``train_loss`` at each step, and over each validation ``val_loss`` (mean over all counted tokens, nats) and
     ``val_perplexity``. Neither needs logits, so both stay small with a mini-sequence LM head.
+
+    With PEFT adapters or quantized weights, checkpoints hold what is trained, and of the frozen weights a description
+    by which a resuming run recognises them: they come from where the model comes from.
 
     Args:
         model: A causal language model of transformers, or any module that answers ``input_ids`` and ``labels`` with
@@ -85,10 +89,30 @@ class CausalLM(pl.LightningModule):
         """The optimizer of the trainable parameters, with its scheduler if there is one."""
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=1e-3) if self.optimizer is None else self.optimizer(parameters)
+        # A fused step offers to unscale fp16 gradients itself; Lightning then refuses to clip them, for bf16 as well.
+        optimizer._step_supports_amp_scaling = False
         if self.scheduler is None:
             return optimizer
         schedule = {"scheduler": self.scheduler(optimizer), "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leaves the frozen weights under adapters out."""
+        if has_frozen_base(self.model):
+            checkpoint["state_dict"] = without_frozen(checkpoint["state_dict"], self)
+            checkpoint["frozen_weights"] = describe_frozen(self)
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Makes sure that the frozen weights are those that the checkpoint's adapters were trained on.
+
+        Raises:
+            ValueError: They are not, or the adapters are others.
+        """
+        if has_frozen_base(self.model) or "frozen_weights" in checkpoint:
+            check_same_base(checkpoint, self)
+            self.strict_loading = False  # what is missing was looked through
 
 
 def _takes_use_cache(model: nn.Module) -> bool:

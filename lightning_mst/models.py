@@ -10,35 +10,33 @@ from torch import nn
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["check_positions", "check_vocabulary", "from_config", "from_pretrained"]
+__all__ = ["check_positions", "check_vocabulary", "count_parameters", "from_config", "from_pretrained"]
 
 
 def from_config(
     config: PreTrainedConfig,
     *,
     attn_implementation: str = "sdpa",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
 ) -> nn.Module:
     """Build a causal language model with random weights, in train mode.
 
     Args:
         config: A transformers configuration, such as ``LlamaConfig(hidden_size=256, ...)``.
         attn_implementation: ``"sdpa"``, ``"eager"``, ``"flex_attention"``, ``"flash_attention_2"``, ...
-        dtype: Of the weights. Default: torch's default dtype, which ``Trainer.init_module()`` sets according to the
-            trainer's precision.
+        dtype: Of the weights, such as ``torch.bfloat16`` or ``"bfloat16"``. Default: torch's default dtype, which
+            ``Trainer.init_module()`` sets according to the trainer's precision.
 
     Returns:
         The model, on the device that is current (``torch.device`` as a context manager, ``Trainer.init_module()``).
 
     Raises:
-        ValueError: transformers knows no causal language model of this configuration, or the model does not support
-            this kind of attention.
+        ValueError: transformers knows no causal language model of this configuration, the model does not support this
+            kind of attention, or torch has no such dtype.
     """
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_config(
-        config, attn_implementation=attn_implementation, dtype=dtype or torch.get_default_dtype()
-    )
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation, dtype=_dtype_of(dtype))
     return model.train()
 
 
@@ -48,7 +46,7 @@ def from_pretrained(
     revision: str | None = None,
     random_weights: bool = False,
     attn_implementation: str = "sdpa",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     trust_remote_code: bool = False,
 ) -> nn.Module:
     """Load a causal language model, in train mode.
@@ -65,11 +63,12 @@ def from_pretrained(
 
     Raises:
         OSError: There is no such model, or it cannot be reached.
+        ValueError: torch has no such dtype.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     source = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
-    options = {"attn_implementation": attn_implementation, "dtype": dtype or torch.get_default_dtype()}
+    options = {"attn_implementation": attn_implementation, "dtype": _dtype_of(dtype)}
     if random_weights:
         config = AutoConfig.from_pretrained(name, **source)
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **options)
@@ -78,6 +77,28 @@ def from_pretrained(
         with torch.device("cpu"):
             model = AutoModelForCausalLM.from_pretrained(name, **source, **options)
     return model.train()
+
+
+def _dtype_of(dtype: torch.dtype | str | None) -> torch.dtype:
+    """What a dtype's name stands for; the default dtype for None."""
+    if dtype is None:
+        return torch.get_default_dtype()
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype should be float32, bfloat16, float16 or float64, got {dtype!r}")
+    return found
+
+
+def count_parameters(model: nn.Module, *, trainable: bool = False) -> int:
+    """Number of weights; several weights that bitsandbytes packed into one byte count as many.
+
+    Args:
+        model: Any module.
+        trainable: Only those that get a gradient.
+    """
+    chosen = [parameter for parameter in model.parameters() if parameter.requires_grad or not trainable]
+    states = [getattr(parameter, "quant_state", None) for parameter in chosen]
+    return sum(p.numel() if s is None else s.shape.numel() for p, s in zip(chosen, states, strict=True))
 
 
 def check_vocabulary(model: nn.Module, vocab_size: int) -> None:

@@ -325,10 +325,10 @@ def test_verify_stops_a_program_whose_gradients_are_wrong_before_its_first_step(
 
 
 def test_verify_stops_a_program_whose_loss_is_wrong(tmp_path, monkeypatch):
-    from lightning_mst.ops import deferred_functions
+    from lightning_mst.ops import evaluation
 
-    right = deferred_functions.linear_cross_entropy
-    monkeypatch.setattr(deferred_functions, "linear_cross_entropy", lambda *args, **kw: right(*args, **kw) * 0.99)
+    right = evaluation.head_cross_entropy
+    monkeypatch.setattr(evaluation, "head_cross_entropy", lambda *args, **kw: right(*args, **kw) * 0.99)
     with pytest.raises(VerificationError, match="first batch's loss is"):
         trainer(tmp_path, MSTCallback(**CHUNKS, verify=True)).fit(Program(), data())
 

@@ -37,6 +37,16 @@ def test_the_plain_example_shows_the_same_loss_in_less_memory(tmp_path):
     assert peaks[3] == peaks[0]
 
 
+def test_the_qlora_example_trains_adapters_on_4_bit_weights(tmp_path):
+    pytest.importorskip("peft")
+    pytest.importorskip("bitsandbytes")
+    output = run("qlora.py", tmp_path)
+    before, after = (float(x) for x in re.findall(r"([\d.]+) MiB", output))
+    assert after < 0.5 * before
+    assert "LlamaMLP            M = 4" in output
+    assert float(re.search(r"train_loss: ([\d.]+)", output)[1]) < 6.5  # random guesses: 6.9
+
+
 def test_every_example_is_tested_and_listed():
     names = {path.name for path in EXAMPLES.glob("*.py")}
     assert names == set(re.findall(r"run\(\"(\w+\.py)\"", Path(__file__).read_text()))

@@ -46,7 +46,7 @@ class TensorBytes(TorchDispatchMode):
         result = func(*args, **kwargs)
         given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given:
+            if isinstance(tensor, Tensor) and not tensor.is_meta and tensor.untyped_storage()._cdata not in given:
                 self._follow(tensor.untyped_storage())
         return result
 

@@ -31,6 +31,8 @@ class AutocastState:
 
     def restored(self) -> AbstractContextManager[object]:
         """Runs the body under this state, whatever is in force outside."""
+        if not self.enabled and not _is_on(self.device_type):
+            return nullcontext()
         return _autocast(self.device_type, dtype=self.dtype, enabled=self.enabled)
 
     def disabled(self) -> AbstractContextManager[object]:
@@ -40,6 +42,10 @@ class AutocastState:
     def cast(self, tensor: Tensor) -> Tensor:
         """``tensor`` as autocast hands it to a matmul: in ``dtype``, but float64 as it is."""
         return tensor.to(self.dtype) if self.enabled and tensor.dtype != torch.float64 else tensor
+
+
+def _is_on(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _autocast(device_type: str, **options: Any) -> AbstractContextManager[object]:

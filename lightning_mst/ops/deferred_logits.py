@@ -3,10 +3,12 @@
 An LM head that answers with deferred logits of shape (B, S, V) has computed nothing yet. What a program then does to
 them decides what is computed:
 
-1. Pointwise work with scalars (``float()``, ``* scale``, ``tanh``: soft-caps and temperatures) is written down.
+1. Pointwise work (``float()``, ``* scale``, ``tanh``, a mask, another model's deferred logits) and softmax are written
+   down.
 2. Shape work that leaves the vocabulary axis whole (``view(-1, V)``, ``[..., :-1, :]``, ``transpose(1, 2)``) is done
    on the hidden states.
-3. ``torch.nn.functional.cross_entropy`` runs op 2 on the hidden states; ``argmax`` over the vocabulary walks chunks.
+3. ``torch.nn.functional.cross_entropy`` runs op 2 on the hidden states. What leaves little of the vocabulary
+   (``logsumexp``, ``gather``, ``topk``, ``sum``, ``argmax``, ``kl_div``, ...) walks chunks, with op 1 for gradients.
 4. Anything else gets the real logits, computed once, with a warning that names who asked.
 
 So the loss may live anywhere (in the model, in a training step, in a trainer) and no code of it has to change.
@@ -21,17 +23,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
+# Imported for the handlers that they register.
+from lightning_mst.ops import deferred_functions, deferred_reductions, deferred_shapes, deferred_stack  # noqa: F401
 from lightning_mst.ops.context import AutocastState, first_order_only
-from lightning_mst.ops.deferred_functions import Step, answer, chain, is_metadata, project
-from lightning_mst.ops.metadata import getter_name
+from lightning_mst.ops.deferred_table import answer
+from lightning_mst.ops.evaluation import at_once
+from lightning_mst.ops.expression import Expression, Logits, Request, Run, Source
+from lightning_mst.ops.heads import Head
+from lightning_mst.ops.metadata import getter_name, needs_no_values
 
-Request = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, ...]]
-"""What is asked of a head: a function of the hidden states (..., D), its weight (V, D) and its bias (V,)."""
-
-Run = Callable[[Request, Tensor], tuple[Tensor, ...]]
-"""How to ask a head: runs a request on hidden states, with the head's weights at hand."""
+__all__ = ["DeferredLogits", "DeferredLogitsWarning", "Request", "Run", "defer_logits"]
 
 
 class DeferredLogitsWarning(UserWarning):
@@ -39,15 +42,9 @@ class DeferredLogitsWarning(UserWarning):
 
 
 @dataclass
-class _Source:
-    """Where logits come from; shared by all deferred logits that were made from one another."""
+class _Memory:
+    """What a tensor shares with its views."""
 
-    run: Run
-    split: Mapping[str, int]
-    vocab_size: int
-    autocast: AutocastState
-    weights: tuple[Tensor, ...]
-    weight_versions: tuple[int, ...]
     has_views: bool = False
 
 
@@ -62,28 +59,30 @@ class _Meta:
 class DeferredLogits(torch.Tensor):
     """Logits that are not computed until something needs them. Made by ``defer_logits``."""
 
-    _source: _Source
-    _hidden: Tensor  # (*lead, D)
-    _steps: tuple[Step, ...]
+    _expression: Expression  # of inputs (*lead, d)
     _class_dim: int  # where the vocabulary is among the dimensions
-    _is_detached: bool
-    _hidden_version: int
+    _input_versions: tuple[int, ...]
+    _memory: _Memory
     _real: Tensor | None  # the real logits, once computed
     _real_version: int
     _real_only: bool  # something was done to them, so only they count
 
     @staticmethod
-    def __new__(
-        cls, source: _Source, hidden: Tensor, steps: tuple[Step, ...], class_dim: int, dtype: torch.dtype
-    ) -> DeferredLogits:
-        """Makes the tensor without a graph; ``_attach`` gives it one."""
-        shape = list(hidden.shape[:-1])
-        shape.insert(class_dim, source.vocab_size)
-        result = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=hidden.device)
-        result._source, result._hidden, result._steps, result._class_dim = source, hidden, steps, class_dim
-        result._hidden_version = _version(hidden)
-        result._is_detached, result._real, result._real_version, result._real_only = False, None, 0, False
+    def __new__(cls, expression: Expression, class_dim: int, dtype: torch.dtype, memory: _Memory) -> DeferredLogits:
+        """Makes the tensor without a graph; ``_attached`` gives it one."""
+        shape = list(expression.lead)
+        shape.insert(class_dim, expression.vocab_size)
+        device = expression.inputs[0].device
+        result = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        result._class_dim, result._memory = class_dim, memory
+        result._real, result._real_version, result._real_only = None, 0, False
+        result.become(expression)
         return result
+
+    def become(self, expression: Expression) -> None:
+        """Stands for another expression of the same shape and dtype from now on."""
+        self._expression = expression
+        self._input_versions = tuple(map(_version, expression.inputs))
 
     def real(self, asked_by: str | None = None) -> Tensor:
         """The real logits: computed at the first call and kept.
@@ -98,8 +97,8 @@ class DeferredLogits(torch.Tensor):
         if self._real is None or (needs_graph and not self._real.requires_grad and not self._real_only):
             if asked_by is not None:
                 _warn_once(asked_by, self)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not self._is_detached):
-                self._real = self._ask(project).movedim(-1, self._class_dim)
+            self.check_unchanged()
+            self._real = at_once(self._expression).movedim(-1, self._class_dim)
             self._real_version = _version(self._real)
         return self._real
 
@@ -109,48 +108,48 @@ class DeferredLogits(torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             return _Meta(self.shape, self.dtype, self.device, self.requires_grad)
 
-    def _ask(self, request: Callable[..., tuple[Tensor, ...]], **options: Any) -> Tensor:
-        fn = chain(self._steps)
-        self._check_unchanged()
-
-        def bound(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
-            return request(hidden, weight, bias, logits_fn=fn, split=self._source.split, **options)
-
-        with self._source.autocast.restored():
-            answer = self._source.run(bound, self._hidden)
-        if not isinstance(answer, tuple) or len(answer) != 1:
-            raise RuntimeError(
-                "A forward hook of the LM head changed the answer to a request for its loss: expected a tuple of one "
-                f"tensor, got {type(answer).__name__}. In mini-sequence form the head is called a second time for its "
-                "loss; let the hook leave tuples alone, or set lm_head_chunks=None."
-            )
-        return answer[0]
-
-    def _check_unchanged(self) -> None:
-        source = self._source
-        versions = tuple(map(_version, source.weights))
-        if versions != source.weight_versions or _version(self._hidden) != self._hidden_version:
+    def check_unchanged(self) -> None:
+        """Raises if what the logits depend on was written to since the head was called."""
+        changed = self._input_versions != tuple(map(_version, self._expression.inputs))
+        sources = (leaf.source for leaf in self._expression.logits())
+        if changed or any(s.weight_versions != tuple(map(_version, s.weights)) for s in sources):
             raise RuntimeError(
                 "The LM head's weights or its input changed after the head was called (an optimizer step between the "
                 "logits and the loss?), so its deferred logits can't be computed any more. Compute the loss first, or "
                 "keep real logits: logits.real()."
             )
 
-    def _like(self, hidden: Tensor, *, class_dim: int | None = None, steps: tuple[Step, ...] | None = None) -> Tensor:
-        self._check_unchanged()
-        steps = self._steps if steps is None else steps
-        dtype = steps[-1].dtype if steps else self._meta.dtype
-        result = DeferredLogits(self._source, hidden, steps, self._class_dim if class_dim is None else class_dim, dtype)
-        result._is_detached = self._is_detached or not torch.is_grad_enabled()
-        return _attach(result, self._meta.requires_grad)
+    def like(
+        self,
+        expression: Expression,
+        *,
+        class_dim: int | None = None,
+        dtype: torch.dtype | None = None,
+        memory: _Memory | None = None,
+    ) -> Tensor:
+        """New deferred logits, made from these: without a graph under ``no_grad``.
 
-    def _view(self, hidden: Tensor, *, class_dim: int | None = None) -> Tensor:
-        self._source.has_views = True
-        return self._like(hidden, class_dim=class_dim)
+        Args:
+            expression: what they stand for.
+            class_dim: where the vocabulary is among their dimensions. Default: where it is here.
+            dtype: theirs. Default: this tensor's.
+            memory: this tensor's, if they are a view of it.
+        """
+        self.check_unchanged()
+        if not torch.is_grad_enabled():
+            expression = expression.detached()
+        class_dim = self._class_dim if class_dim is None else class_dim
+        return _attached(DeferredLogits(expression, class_dim, dtype or self._meta.dtype, memory or _Memory()))
+
+    def viewed(self, expression: Expression, *, class_dim: int | None = None) -> Tensor:
+        """New deferred logits that may be a view of these, with the vocabulary as their last dimension by default."""
+        self._memory.has_views = True
+        class_dim = len(expression.lead) if class_dim is None else class_dim
+        return self.like(expression, class_dim=class_dim, memory=self._memory)
 
     def refuse_if_viewed(self, name: str) -> None:
         """Raises if writing to these logits would have to show in others that were made from them."""
-        if self._source.has_views:
+        if self._memory.has_views:
             raise RuntimeError(
                 f"{name} writes to deferred logits of which there are views, which would not see the change. Write "
                 "before taking views, or use the function that returns a new tensor."
@@ -168,9 +167,8 @@ class DeferredLogits(torch.Tensor):
         kwargs = dict(kwargs or {})
         if not args and "input" in kwargs:
             args = (kwargs.pop("input"),)
-        subject = args[0] if args else None
-        if isinstance(subject, DeferredLogits) and not subject._is_real():
-            if is_metadata(func, args):
+        if not any(isinstance(t, DeferredLogits) and t._is_real() for t in tree_leaves((args, kwargs))):
+            if args and isinstance(args[0], DeferredLogits) and needs_no_values(func):
                 with torch._C.DisableTorchFunctionSubclass():
                     return func(*args, **kwargs)
             result = answer(func, args, kwargs)
@@ -201,57 +199,47 @@ class DeferredLogits(torch.Tensor):
         return f"DeferredLogits(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
 
-def defer_logits(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    split: Mapping[str, int],
-    run: Run | None = None,
-) -> DeferredLogits:
-    """The logits ``linear(hidden, weight, bias)``, to be computed when and as far as something needs them.
+def defer_logits(hidden: Tensor, head: Head, *, split: Mapping[str, int], run: Run | None = None) -> DeferredLogits:
+    """The logits ``head(hidden)``, to be computed when and as far as something needs them.
 
     Args:
         hidden: (\\*lead, D).
-        weight: (V, D).
-        bias: (V,) or ``None``.
+        head: a ``LinearHead`` or a ``ModuleHead`` with V entries of the vocabulary.
         split: ``{"num_chunks": M}`` or ``{"chunk_tokens": c}``: the mini-sequences of a loss on the result.
-        run: runs a request with the head's weights at hand. Default: with ``weight`` and ``bias``. A module whose
-            weights are gathered only while it runs (FSDP, ZeRO) runs the request inside its forward.
+        run: runs a request with the head's weights at hand. Default: with ``head``. A module whose weights are
+            gathered only while it runs (FSDP, ZeRO) runs the request inside its forward. Heads whose ``run`` are equal
+            are asked once when logits of both are needed together.
 
     Returns:
-        (\\*lead, V), in the dtype that the linear layer would give under the present autocast state. Its ``grad_fn``
-        leads to ``hidden``, ``weight`` and ``bias``.
+        (\\*lead, V), in the dtype that the head would give under the present autocast state. Its ``grad_fn`` leads to
+        ``hidden`` and the head's parameters.
 
     Raises:
-        ValueError: if the last dimensions of ``hidden`` and ``weight`` differ.
+        ValueError: if ``hidden`` doesn't fit the head.
     """
-    if hidden.shape[-1] != weight.shape[-1]:
-        raise ValueError(
-            f"hidden (..., D) and weight (V, D) must share D; got {tuple(hidden.shape)} and {tuple(weight.shape)}."
-        )
+    head.check(hidden)
     if run is None:
 
         def run(request: Request, hidden: Tensor) -> tuple[Tensor, ...]:
-            return request(hidden, weight, bias)
+            return request(hidden, head)
 
     autocast = AutocastState.now(hidden.device)
-    dtype = autocast.cast(hidden.new_empty(0)).dtype
-    weights = tuple(t for t in (weight, bias) if t is not None)
-    source = _Source(run, dict(split), weight.shape[0], autocast, weights, tuple(map(_version, weights)))
-    result = DeferredLogits(source, hidden, (), hidden.dim() - 1, dtype)
-    result._is_detached = not torch.is_grad_enabled()
-    return _attach(result, any(t.requires_grad for t in (hidden, *weights)))
+    versions = tuple(map(_version, head.parameters))
+    source = Source(run, dict(split), head.vocab_size, autocast, head.parameters, versions)
+    expression = Expression(Logits(0, source), (hidden,))
+    if not torch.is_grad_enabled():
+        expression = expression.detached()
+    dtype = head.logits_dtype(hidden, autocast)
+    return _attached(DeferredLogits(expression, hidden.dim() - 1, dtype, _Memory()))
 
 
 # --- graph ---
 
 
-def _attach(deferred: DeferredLogits, needs_graph: bool) -> DeferredLogits:
+def _attached(deferred: DeferredLogits) -> DeferredLogits:
     """Gives deferred logits a ``grad_fn`` for whoever searches the graph (DDP with unused parameters does)."""
-    if not needs_graph or deferred._is_detached:
-        return deferred
-    return _Anchor.apply([deferred], deferred._hidden, *deferred._source.weights)
+    parents = deferred._expression.parents() if torch.is_grad_enabled() else []
+    return _Anchor.apply([deferred], *parents) if parents else deferred
 
 
 class _Anchor(torch.autograd.Function):
@@ -284,7 +272,8 @@ def _warn_once(asked_by: str, logits: DeferredLogits) -> None:
     warnings.warn(
         f"{asked_by} needs the real logits, so all of them are computed: shape {tuple(meta.shape)}, {meta.dtype}, "
         f"{size:.3g} GiB. The result is the same; the memory that the mini-sequence LM head saves is not saved here. "
-        "A loss by torch.nn.functional.cross_entropy does not need them. (Shown once per function.)",
+        "A loss by torch.nn.functional.cross_entropy does not need them, and neither does what takes a few numbers per "
+        "token from them, such as logsumexp, log_softmax with gather, or topk. (Shown once per function.)",
         DeferredLogitsWarning,
         stacklevel=4,
     )
@@ -304,7 +293,7 @@ def _run_on_real(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappin
     writes = _writes(func)
     result = func(*real_args, **real_kwargs)
     for tensor in found:
-        if tensor._is_real() or writes:
+        if tensor._is_real() or (writes and tensor is args[0]):
             tensor.refuse_if_viewed(name)
             tensor._real_only = True
             result = tensor if result is tensor._real else result

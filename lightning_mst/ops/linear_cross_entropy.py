@@ -1,9 +1,9 @@
 """Op 2: LM head and cross-entropy in mini-sequence form.
 
-``cross_entropy(logits_fn(linear(hidden, weight, bias)), labels)`` without ever holding the (tokens, V) logits. One
-chunk of logits at a time is computed and turned, in place, into its own gradient, from which the gradients of the
-hidden states and of the weight follow at once, in the forward pass: 3 matmuls, where checkpointing the chunks takes 4.
-Backward only scales them by the incoming gradient.
+``cross_entropy(logits_fn(head(hidden)), labels)`` without ever holding the (tokens, V) logits. One chunk of logits at
+a time is computed and turned into its own gradient, from which the gradients of the hidden states and of the head's
+parameters follow at once, in the forward pass: 3 matmuls, where checkpointing the chunks takes 4. Backward only scales
+them by the incoming gradient.
 
 Beyond its inputs this holds O(tokens * D + V * D + chunk_tokens * V) instead of several times O(tokens * V).
 """
@@ -11,7 +11,8 @@ Beyond its inputs this holds O(tokens * D + V * D + chunk_tokens * V) instead of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,23 +20,24 @@ import torch
 from torch import Tensor
 
 from lightning_mst.ops.chunking import chunk_bounds, resolve_num_chunks
-from lightning_mst.ops.context import AutocastState, first_order_only
+from lightning_mst.ops.context import AutocastState, RNGState, drop_autocast_copies, first_order_only
+from lightning_mst.ops.head_chunks import HALF, head_chunks
+from lightning_mst.ops.heads import Head, LinearHead, ModuleHead
 
 LogitsFn = Callable[[Tensor], Tensor]
 
-_HALF = (torch.float16, torch.bfloat16)
 # A chunk's softmax is worked out in so many blocks of rows, each small enough for a cache: its temporaries then take a
 # few per cent of the chunk's bytes instead of several times as many.
 _BLOCKS_PER_CHUNK = 64
-# Half-precision weight gradients are added to their fp32 sum in so many slices of the vocabulary.
-_WEIGHT_SLICES = 16
 
 
 @dataclass(frozen=True)
 class _Spec:
     """What the loss is, apart from its tensors."""
 
+    head: Head
     num_chunks: int
+    mean: bool
     ignore_index: int
     label_smoothing: float
     z_loss: float
@@ -43,6 +45,7 @@ class _Spec:
     class_weights: Tensor | None
     autocast: AutocastState
     count_correct: bool
+    grads: bool
 
 
 def linear_cross_entropy(
@@ -96,13 +99,73 @@ def linear_cross_entropy(
     Source: arXiv 2407.15892, section 3.2, with the mean over tokens in place of its mean over mini-sequences; z-loss
     from arXiv 2204.02311, section 5.
     """
-    _check(hidden, weight, labels, bias, class_weights, reduction, label_smoothing)
+    return head_cross_entropy(
+        hidden,
+        LinearHead(weight, bias),
+        labels,
+        num_chunks=num_chunks,
+        chunk_tokens=chunk_tokens,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        logits_fn=logits_fn,
+        class_weights=class_weights,
+        return_num_correct=return_num_correct,
+    )
+
+
+def head_cross_entropy(
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    *,
+    num_chunks: int | None = None,
+    chunk_tokens: int | None = None,
+    ignore_index: int = -100,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    logits_fn: LogitsFn | None = None,
+    class_weights: Tensor | None = None,
+    return_num_correct: bool = False,
+) -> Any:
+    """Cross-entropy of any LM head over mini-sequences: ``linear_cross_entropy`` for heads that are more than that.
+
+    Each chunk of a ``ModuleHead`` runs with a graph of its own, from which its parameters get one gradient each, added
+    up over the chunks in fp32 if they are half precision. Frozen parameters cost nothing.
+
+    Args:
+        hidden: (\\*lead, D), the head's input.
+        head: a ``LinearHead`` or a ``ModuleHead``.
+        labels: (\\*lead), integer class indices in [0, V) or ``ignore_index``. Shift them before the call.
+        num_chunks: as in ``linear_cross_entropy``, like all that follow.
+        chunk_tokens: the most tokens in a mini-sequence.
+        ignore_index: the label of tokens that have no loss.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        label_smoothing: in [0, 1].
+        z_loss: coefficient of the squared log-sum-exp.
+        logits_fn: a differentiable function of rows of logits, or ``None``.
+        class_weights: (V,), or ``None``.
+        return_num_correct: also return how many live tokens the logits' arg-max gets right.
+
+    Returns:
+        What ``linear_cross_entropy`` returns.
+
+    Raises:
+        ValueError: for shapes or options that don't fit together.
+        IndexError: for a label that is neither in [0, V) nor ``ignore_index``.
+        RuntimeError: if the head uses a tensor that needs a gradient and is not among its parameters.
+    """
+    _check(hidden, head, labels, class_weights, reduction, label_smoothing)
     flat_labels = labels.reshape(-1).long()
     live = flat_labels != ignore_index
     rows = live.nonzero().squeeze(1)
-    _check_range(flat_labels[rows], weight.shape[0], ignore_index)
+    _check_range(flat_labels[rows], head.vocab_size, ignore_index)
     spec = _Spec(
+        head=head,
         num_chunks=resolve_num_chunks(rows.numel(), num_chunks=num_chunks, chunk_tokens=chunk_tokens),
+        mean=reduction == "mean",
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
@@ -110,40 +173,34 @@ def linear_cross_entropy(
         class_weights=class_weights,
         autocast=AutocastState.now(hidden.device),
         count_correct=return_num_correct,
+        # Under no_grad the autograd node would not know that nobody will ask for gradients.
+        grads=torch.is_grad_enabled(),
     )
     flat = hidden.reshape(-1, hidden.shape[-1])  # (*lead, D) -> (tokens, D)
+    node = _LossPerToken if reduction == "none" else _LossWithGrads
+    loss, correct = node.apply(spec, rows, flat_labels, flat, *head.parameters)
     if reduction == "none":
-        loss, correct = _LossPerToken.apply(spec, rows, flat_labels, flat, weight, bias)
         loss = loss.view(labels.shape)
-    else:
-        # Under no_grad the Function would not know that nobody will ask for gradients.
-        grads = torch.is_grad_enabled()
-        loss, correct = _LossWithGrads.apply(spec, rows, flat_labels, flat, weight, bias, reduction == "mean", grads)
     return (loss, correct) if return_num_correct else loss
 
 
 def _check(
     hidden: Tensor,
-    weight: Tensor,
+    head: Head,
     labels: Tensor,
-    bias: Tensor | None,
     class_weights: Tensor | None,
     reduction: str,
     label_smoothing: float,
 ) -> None:
-    if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"hidden (..., D) and weight (V, D) must share D; got {tuple(hidden.shape)} and {tuple(weight.shape)}."
-        )
+    head.check(hidden)
     if labels.shape != hidden.shape[:-1]:
         raise ValueError(
             f"labels must have one entry per token, shape {tuple(hidden.shape[:-1])}; got {tuple(labels.shape)}."
         )
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(f"labels must be integer class indices; got dtype {labels.dtype}.")
-    for name, vector in (("bias", bias), ("class_weights", class_weights)):
-        if vector is not None and vector.shape != weight.shape[:1]:
-            raise ValueError(f"{name} must have shape ({weight.shape[0]},); got {tuple(vector.shape)}.")
+    if class_weights is not None and class_weights.shape != (head.vocab_size,):
+        raise ValueError(f"class_weights must have shape ({head.vocab_size},); got {tuple(class_weights.shape)}.")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none'; got {reduction!r}.")
     if not 0.0 <= label_smoothing <= 1.0:
@@ -169,9 +226,8 @@ class _Result:
 
     losses: Tensor  # (live tokens,)
     correct: Tensor
-    hidden_grad: Tensor | None = None  # (tokens, D)
-    weight_grad: Tensor | None = None  # (V, D), fp32 for half-precision logits of several chunks
-    bias_grad: Tensor | None = None  # (V,)
+    hidden_grad: Tensor | None  # (tokens, D)
+    parameter_grads: list[Tensor | None]  # one per parameter of the head
 
 
 def _walk(
@@ -179,10 +235,8 @@ def _walk(
     rows: Tensor,
     labels: Tensor,
     hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
     *,
-    need: tuple[bool, bool, bool] = (False, False, False),
+    need: Sequence[bool] | None = None,
     scale: float | Tensor = 1.0,
 ) -> _Result:
     """Walks the live tokens chunk by chunk.
@@ -192,89 +246,63 @@ def _walk(
         rows: (live,), which tokens are live.
         labels: (tokens,).
         hidden: (tokens, D).
-        weight: (V, D).
-        bias: (V,) or ``None``.
-        need: whether gradients of hidden, weight and bias are wanted.
+        need: whether gradients of hidden and of each of the head's parameters are wanted. Default: none.
         scale: factor of each token's loss in those gradients: a number, or (live,) in the loss's dtype.
     """
-    x, w = spec.autocast.cast(hidden), spec.autocast.cast(weight)
-    b = None if bias is None else spec.autocast.cast(bias)
-    num_tokens, vocab_size = hidden.shape[0], weight.shape[0]
-    all_live = rows.numel() == num_tokens
-    wide = torch.float64 if w.dtype == torch.float64 else torch.float32
+    need_hidden, *need_parameters = [False] * (1 + len(spec.head.parameters)) if need is None else need
+    need_grad = need_hidden or any(need_parameters)
+    all_live = rows.numel() == hidden.shape[0]
     bounds = chunk_bounds(rows.numel(), spec.num_chunks)
-    most = max(stop - start for start, stop in bounds)
-    # One buffer for the logits of every chunk: fresh pages cost as much time as the softmax.
-    buffer = x.new_empty(most, vocab_size)
-
-    need_hidden, need_weight, need_bias = need
-    hidden_grad = weight_grad = bias_grad = None
+    hidden_grad: Tensor | None = None
     if need_hidden:
         hidden_grad = torch.empty_like(hidden) if all_live else torch.zeros_like(hidden)
-    if need_weight:
-        sum_dtype = wide if len(bounds) > 1 or weight.dtype not in _HALF else weight.dtype
-        weight_grad = torch.zeros(weight.shape, dtype=sum_dtype, device=weight.device)
-    if need_bias:
-        bias_grad = torch.zeros(vocab_size, dtype=wide, device=weight.device)
     losses: Tensor | None = None
     correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
-
+    chunks = head_chunks(
+        spec.head, spec.autocast, need_hidden=need_hidden, need_parameters=need_parameters, bounds=bounds
+    )
     with spec.autocast.disabled():
         for start, stop in bounds:
             which = slice(start, stop) if all_live else rows[start:stop]
-            x_chunk = x[which]  # (chunk, D)
-            logits = buffer[: stop - start]  # (chunk, V)
-            if b is None:
-                torch.mm(x_chunk, w.t(), out=logits)
-            else:
-                torch.addmm(b, x_chunk, w.t(), out=logits)
+            logits, grad = chunks.logits(hidden[which])  # (chunk, V)
             for low, high in chunk_bounds(stop - start, min(_BLOCKS_PER_CHUNK, max(1, stop - start))):
                 block_scale = scale[start + low : start + high, None] if isinstance(scale, Tensor) else scale
-                loss, hits = _block(spec, logits[low:high], labels[which][low:high], any(need), block_scale)
+                into = grad[low:high] if need_grad else None
+                loss, hits = _block(spec, logits[low:high], labels[which][low:high], into, block_scale)
                 if losses is None:
                     losses = loss.new_empty(rows.numel())
                 losses[start + low : start + high] = loss
                 if hits is not None:
                     correct += hits
-            # From here on, ``logits`` holds the gradient of the logits.
-            if hidden_grad is not None:
-                if all_live and hidden_grad.dtype == logits.dtype:
-                    torch.mm(logits, w, out=hidden_grad[which])
-                else:
-                    hidden_grad[which] = (logits @ w).to(hidden_grad.dtype)
-            if weight_grad is not None:
-                _add_weight_grad(weight_grad, logits, x_chunk)
-            if bias_grad is not None:
-                bias_grad += logits.sum(0, dtype=bias_grad.dtype)
+            if need_grad:
+                into = hidden_grad[which] if hidden_grad is not None and all_live else None
+                chunk_grad = chunks.differentiate(grad, into)
+                if hidden_grad is not None and chunk_grad is not None and chunk_grad is not into:
+                    hidden_grad[which] = chunk_grad.to(hidden_grad.dtype)
+    if spec.autocast.enabled and isinstance(spec.head, ModuleHead):
+        drop_autocast_copies()
     if losses is None:
-        losses = torch.zeros(0, dtype=wide, device=hidden.device)
-    return _Result(losses, correct, hidden_grad, weight_grad, bias_grad)
-
-
-def _add_weight_grad(total: Tensor, logits_grad: Tensor, x: Tensor) -> None:
-    if total.dtype == x.dtype:
-        total.addmm_(logits_grad.t(), x)
-        return
-    for low, high in chunk_bounds(total.shape[0], min(_WEIGHT_SLICES, total.shape[0])):
-        total[low:high] += logits_grad[:, low:high].t() @ x
+        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        losses = torch.zeros(0, dtype=dtype, device=hidden.device)
+    return _Result(losses, correct, hidden_grad, chunks.parameter_grads())
 
 
 def _block(
-    spec: _Spec, logits: Tensor, labels: Tensor, need_grad: bool, scale: float | Tensor
+    spec: _Spec, logits: Tensor, labels: Tensor, into: Tensor | None, scale: float | Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Losses of a few rows; overwrites ``logits`` with ``scale`` times the losses' gradient where one is needed.
+    """Losses of a few rows, and ``scale`` times their gradient where one is needed.
 
     Args:
         spec: the loss.
         logits: (rows, V), before ``logits_fn``.
         labels: (rows,), all live.
-        need_grad: whether to overwrite.
+        into: (rows, V), where to write the gradient of the logits; maybe ``logits`` itself. ``None`` if not needed.
         scale: a number, or (rows, 1).
 
     Returns:
         The losses, (rows,), fp32 or fp64, and the number of right arg-maxes where it was asked for.
     """
-    source = logits
+    source, need_grad = logits, into is not None
     if spec.logits_fn is not None:
         with torch.enable_grad(), spec.autocast.restored():
             source = logits.detach().requires_grad_(need_grad)
@@ -282,7 +310,7 @@ def _block(
     else:
         shaped = logits
     values = shaped.detach()
-    if values.dtype in _HALF:
+    if values.dtype in HALF:
         values = values.float()
     labels = labels.unsqueeze(1)  # (rows,) -> (rows, 1)
     largest, arg_largest = values.max(dim=1, keepdim=True)  # (rows, 1)
@@ -311,7 +339,7 @@ def _block(
         loss = loss + spec.z_loss * lse.square()
         of_softmax = of_softmax + 2.0 * spec.z_loss * lse
 
-    if need_grad:
+    if into is not None:
         grad.mul_(of_softmax * scale)
         label_grad = -of_label * scale * torch.ones_like(lse)
         grad.scatter_add_(1, labels, label_grad)
@@ -319,7 +347,7 @@ def _block(
             grad -= even * scale
         if spec.logits_fn is not None:
             (grad,) = torch.autograd.grad(shaped, source, grad.to(shaped.dtype))
-        logits.copy_(grad)
+        into.copy_(grad)
     hits = (arg_largest == labels).sum() if spec.count_correct else None
     return loss.squeeze(1), hits
 
@@ -329,32 +357,24 @@ class _LossWithGrads(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        spec: _Spec,
-        rows: Tensor,
-        labels: Tensor,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        mean: bool,
-        grads: bool,
+        ctx: Any, spec: _Spec, rows: Tensor, labels: Tensor, hidden: Tensor, *parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
-        need = ctx.needs_input_grad[3:6] if grads else (False, False, False)
+        need = ctx.needs_input_grad[3:] if spec.grads else None
         count: float = 1.0
-        if mean:
+        if spec.mean:
             count = float(rows.numel())
             if spec.class_weights is not None:
                 count = float(spec.class_weights[labels[rows]].sum())
         # The exact factor 1 / count goes into the fp32 gradient of the logits; what is left for backward is a power
         # of two (times the incoming gradient), which does not round half-precision gradients a second time.
         power = 2.0 ** math.ceil(math.log2(count)) if count > 0 else 1.0
-        result = _walk(spec, rows, labels, hidden, weight, bias, need=need, scale=power / count if count > 0 else 0.0)
+        result = _walk(spec, rows, labels, hidden, need=need, scale=power / count if count > 0 else 0.0)
         ctx.power = power
-        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        ctx.save_for_backward(result.hidden_grad, result.weight_grad, result.bias_grad)
+        ctx.dtypes = [t.dtype for t in (hidden, *parameters)]
+        ctx.save_for_backward(result.hidden_grad, *result.parameter_grads)
         ctx.mark_non_differentiable(result.correct)
         loss = result.losses.sum()
-        return (loss / count if count != 0 else loss * math.nan) if mean else loss, result.correct
+        return (loss / count if count != 0 else loss * math.nan) if spec.mean else loss, result.correct
 
     @staticmethod
     @first_order_only
@@ -366,15 +386,15 @@ class _LossWithGrads(torch.autograd.Function):
             None if t is None else _scaled(t, scale, in_place=not keep).to(dtype)
             for t, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return (None, None, None, *scaled, None, None)
+        return (None, None, None, *scaled)
 
 
 def _scaled(tensor: Tensor, scale: Tensor, *, in_place: bool) -> Tensor:
     result = tensor if in_place else torch.empty_like(tensor)
-    if tensor.dtype not in _HALF:
+    if tensor.dtype not in HALF:
         return torch.mul(tensor, scale.to(tensor.dtype), out=result)
     # A half-precision tensor would round the scale to half precision first, so go through fp32, a slice at a time.
-    for source, into in zip(tensor.split(4096), result.split(4096), strict=True):
+    for source, into in zip(*(torch.atleast_1d(t).split(4096) for t in (tensor, result)), strict=True):
         into.copy_(source.float().mul_(scale))
     return result
 
@@ -384,11 +404,14 @@ class _LossPerToken(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, spec: _Spec, rows: Tensor, labels: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None
+        ctx: Any, spec: _Spec, rows: Tensor, labels: Tensor, hidden: Tensor, *parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
-        result = _walk(spec, rows, labels, hidden, weight, bias)
+        # A head with dropout must draw in backward what it draws now.
+        ctx.rng = RNGState(hidden.device) if isinstance(spec.head, ModuleHead) else None
+        result = _walk(spec, rows, labels, hidden)
         ctx.spec = spec
-        ctx.save_for_backward(rows, labels, hidden, weight, bias)
+        # The parameters too, as any layer saves them: autograd then notices if one was changed before backward.
+        ctx.save_for_backward(rows, labels, hidden, *parameters)
         ctx.mark_non_differentiable(result.correct)
         losses = result.losses.new_zeros(labels.shape[0])
         losses[rows] = result.losses
@@ -397,13 +420,11 @@ class _LossPerToken(torch.autograd.Function):
     @staticmethod
     @first_order_only
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        rows, labels, hidden, weight, bias = ctx.saved_tensors
-        need = ctx.needs_input_grad[3:6]
-        result = _walk(ctx.spec, rows, labels, hidden, weight, bias, need=need, scale=grad[rows])
+        rows, labels, hidden, *parameters = ctx.saved_tensors
+        with nullcontext() if ctx.rng is None else ctx.rng.replayed():
+            result = _walk(ctx.spec, rows, labels, hidden, need=ctx.needs_input_grad[3:], scale=grad[rows])
         grads = (
             None if g is None else g.to(t.dtype)
-            for g, t in zip(
-                (result.hidden_grad, result.weight_grad, result.bias_grad), (hidden, weight, bias), strict=True
-            )
+            for g, t in zip((result.hidden_grad, *result.parameter_grads), (hidden, *parameters), strict=True)
         )
         return (None, None, None, *grads)

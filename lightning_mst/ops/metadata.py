@@ -40,5 +40,5 @@ _FUNCTIONS = {
 _ATTRIBUTES = {
     "shape", "dtype", "device", "layout", "ndim", "requires_grad", "grad_fn", "is_leaf", "is_cuda", "is_cpu", "is_meta",
     "is_mps", "is_xla", "is_xpu", "is_sparse", "is_quantized", "is_nested", "is_mkldnn", "itemsize", "nbytes", "grad",
-    "retains_grad", "output_nr", "_backward_hooks", "_version", "names",
+    "retains_grad", "output_nr", "_backward_hooks", "_version", "names", "_base",
 }  # fmt: skip

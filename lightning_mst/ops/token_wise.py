@@ -30,9 +30,12 @@ from torch import Tensor, nn
 
 from lightning_mst.ops.chunking import chunk_bounds, resolve_num_chunks
 from lightning_mst.ops.context import AutocastState, RNGState, drop_autocast_copies, first_order_only
+from lightning_mst.ops.gradients import GradientSums, check_graph
 from lightning_mst.ops.last_linear import FindLastLinear, SkipLastLinear
 
 Block = Callable[..., Tensor | tuple[Tensor, ...]]
+
+_HOW_TO_NAME = "token_wise(..., parameters=[...])"
 
 
 def token_wise(
@@ -43,6 +46,7 @@ def token_wise(
     chunk_tokens: int | None = None,
     parameters: Iterable[Tensor] | None = None,
     preserve_rng_state: bool = True,
+    keep_single_chunk: bool = True,
 ) -> Any:
     """Runs a block that treats every token alike over mini-sequences, with the same output and the same gradients.
 
@@ -55,11 +59,13 @@ def token_wise(
             tuple of tensors that keep the leading dimensions.
         x: (\\*lead, D), any floating dtype; or several tensors (\\*lead, ...) with the same leading dimensions, where
             ``lead`` is all but the last dimension of the first one.
-        num_chunks: number M of mini-sequences. At most one per token is used; 1 runs the block as it is.
+        num_chunks: number M of mini-sequences. At most one per token is used.
         chunk_tokens: instead of ``num_chunks``: the most tokens in a mini-sequence.
         parameters: every tensor with a gradient that the block uses besides its inputs. Default: the module's
             parameters; a function that uses any must name them.
         preserve_rng_state: recompute each chunk with the random numbers of its first run, as dropout needs.
+        keep_single_chunk: run a single chunk as it is, which keeps for backward whatever the block keeps, instead of
+            recomputing it too.
 
     Returns:
         What ``module_or_fn(x)`` returns: (\\*lead, D_out), or a tuple of such.
@@ -75,7 +81,7 @@ def token_wise(
     inputs = (x,) if isinstance(x, Tensor) else tuple(x)
     lead = _lead_shape(inputs)
     chunks = resolve_num_chunks(lead.numel(), num_chunks=num_chunks, chunk_tokens=chunk_tokens)
-    if chunks == 1:
+    if chunks == 1 and keep_single_chunk:
         return module_or_fn(*inputs)
     if parameters is None:
         parameters = module_or_fn.parameters() if isinstance(module_or_fn, nn.Module) else ()
@@ -143,13 +149,14 @@ class _Run:
                 self._check_outputs(outputs, stop - start)
                 if index == 0:
                     rest = [t.shape[len(self.lead) :] for t in outputs]
-                    whole = [t.new_empty(self.lead.numel(), *r) for t, r in zip(outputs, rest, strict=True)]
+                    # In its final shape at once: autograd forbids to write to a view that a node returned.
+                    whole = [t.new_empty(*self.lead, *r) for t, r in zip(outputs, rest, strict=True)]
                 for into, part in zip(whole, outputs, strict=True):
-                    into[start:stop] = part.reshape(stop - start, *into.shape[1:])
+                    rows = self.rows(into)
+                    rows[start:stop] = part.reshape(stop - start, *rows.shape[1:])
         if self.autocast.enabled:
             drop_autocast_copies()
-        shaped = tuple(t.view(*self.lead, *t.shape[1:]) for t in whole)
-        return shaped if self.returns_tuple else shaped[0]
+        return tuple(whole) if self.returns_tuple else whole[0]
 
     def _check_outputs(self, outputs: tuple[Tensor, ...], tokens: int) -> None:
         expected = (*(1,) * (len(self.lead) - 1), tokens)
@@ -169,7 +176,7 @@ class _Run:
         flat_grads = [self.rows(t) for t in output_grads]
         trained = [w for w, need in zip(self.weights, need_weights, strict=True) if need]
         input_grads: list[Tensor | None] = [None] * len(inputs)
-        sums = _Sums(trained, len(self.bounds), taken=[*inputs, *output_grads])
+        sums = GradientSums(trained, len(self.bounds), taken=[*inputs, *output_grads])
         rng = self.rng.replayed() if self.rng is not None else nullcontext()
         with rng, self.autocast.restored():
             for start, stop in self.bounds:
@@ -187,7 +194,7 @@ class _Run:
         need_inputs: Sequence[bool],
         trained: list[Tensor],
         input_grads: list[Tensor | None],
-        sums: _Sums,
+        sums: GradientSums,
     ) -> None:
         """One chunk's gradients, added to the others'. A function of its own, so that all it made is gone after it."""
         parts = [
@@ -195,7 +202,7 @@ class _Run:
         ]
         outputs = self._with_graph(parts)
         if start == 0:
-            self._check_graph(outputs, parts)
+            check_graph(outputs, [*parts, *self.weights], _HOW_TO_NAME)
         pairs = [(y, self.piece(g, start, stop)) for y, g in zip(outputs, flat_grads, strict=True) if y.requires_grad]
         if not pairs:
             return
@@ -232,63 +239,8 @@ class _Run:
         parts = [self.piece(self.rows(t), 0, 1) for t in inputs]
         with RNGState(inputs[0].device).replayed():
             result = self.block(*parts)
-        self._check_graph((result,) if isinstance(result, Tensor) else tuple(result), parts)
-
-    def _check_graph(self, outputs: tuple[Tensor, ...], parts: list[Tensor]) -> None:
-        """Raises if a tensor that needs a gradient is in the block's graph and would get none."""
-        known = {id(t) for t in (*parts, *self.weights)}
-        ends = {t.grad_fn for t in self.weights if t.grad_fn is not None}
-        todo = [t.grad_fn for t in outputs if t.grad_fn is not None]
-        seen: set[Any] = set()
-        while todo:
-            node = todo.pop()
-            if node in seen or node in ends:
-                continue
-            seen.add(node)
-            leaf = getattr(node, "variable", None)
-            if leaf is not None and id(leaf) not in known:
-                raise RuntimeError(
-                    f"The block uses a tensor of shape {tuple(leaf.shape)} that needs a gradient and is neither its "
-                    "input nor among its parameters, so its gradient would be lost. Name every such tensor in "
-                    "token_wise(..., parameters=[...])."
-                )
-            todo.extend(parent for parent, _ in node.next_functions if parent is not None)
-
-
-class _Sums:
-    """Adds up the weights' gradients over the chunks, half-precision ones in fp32.
-
-    A bf16 accumulator over 256 chunks is 1.6 % off, an fp32 one 0.3 %, the same as one chunk.
-    """
-
-    def __init__(self, weights: list[Tensor], num_chunks: int, *, taken: list[Tensor]) -> None:
-        self._weights = weights
-        self._sums: list[Tensor | None] = [None] * len(weights)
-        self._wide = [num_chunks > 1 and w.dtype in (torch.float16, torch.bfloat16) for w in weights]
-        # Autograd may hand out one tensor for two weights, or a view of the incoming gradient: not ours to add to.
-        self._taken = {t.untyped_storage()._cdata for t in taken}
-
-    def add(self, grads: Sequence[Tensor | None]) -> None:
-        for index, grad in enumerate(grads):
-            total = self._sums[index]
-            if grad is None:
-                continue
-            if total is not None:
-                total.add_(grad)
-                continue
-            total = grad.float() if self._wide[index] else grad
-            if total.untyped_storage()._cdata in self._taken or total._is_view():
-                total = total.clone(memory_format=torch.contiguous_format)
-            self._taken.add(total.untyped_storage()._cdata)
-            self._sums[index] = total
-
-    def take(self) -> list[Tensor | None]:
-        result: list[Tensor | None] = []
-        for index, weight in enumerate(self._weights):
-            # One at a time, so that the wide and the narrow copies of all of them never exist together.
-            total, self._sums[index] = self._sums[index], None
-            result.append(None if total is None else total.to(weight.dtype))
-        return result
+        outputs = (result,) if isinstance(result, Tensor) else tuple(result)
+        check_graph(outputs, [*parts, *self.weights], _HOW_TO_NAME)
 
 
 class _SaveFirst(torch.autograd.Function):

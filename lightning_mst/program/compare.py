@@ -16,7 +16,7 @@ from rich.console import Console
 from lightning_mst.program.conf import conf_dir
 from lightning_mst.program.results import read_result, remove_result
 from lightning_mst.program.sweep import write_csv
-from lightning_mst.program.tables import number, print_table
+from lightning_mst.program.tables import describe_model, number, print_table
 
 __all__ = ["compare", "main"]
 
@@ -157,13 +157,17 @@ def compare(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
         results: Setting -> what :func:`lightning_mst.program.train.train` returned; the first is the reference.
 
     Returns:
-        What the runs share (``model``, ``parameters``, ``precision``, ``sequence_length``, ``batch_size``, ``steps``)
-        and ``settings``: a list of ``mst``, ``peak_memory_gib``, ``peak_memory_ratio``, ``tokens_per_second``,
-        ``tokens_per_second_ratio``, ``loss`` (of the last step) and ``loss_difference`` (the largest of all steps,
-        absolute). Ratios are to the reference; what was not measured is None.
+        What the runs share (``model``, ``parameters``, ``trainable_parameters``, ``precision``, ``quantization``,
+        ``adapter``, ``sequence_length``, ``batch_size``, ``steps``) and ``settings``: a list of ``mst``,
+        ``peak_memory_gib``, ``peak_memory_ratio``, ``tokens_per_second``, ``tokens_per_second_ratio``, ``loss`` (of
+        the last step) and ``loss_difference`` (the largest of all steps, absolute). Ratios are to the reference; what
+        was not measured is None.
     """
     reference = next(iter(results.values()))
-    shared = ("model", "parameters", "precision", "sequence_length", "batch_size", "steps")
+    shared = (
+        "model", "parameters", "trainable_parameters", "precision", "quantization", "adapter", "sequence_length",
+        "batch_size", "steps",
+    )  # fmt: skip
     rows = []
     for setting, result in results.items():
         pairs = list(zip(result["losses"], reference["losses"], strict=True))
@@ -179,7 +183,7 @@ def compare(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
                 "loss_difference": max(abs(a - b) for a, b in pairs) if pairs and finite else None,
             }
         )
-    return {**{key: reference[key] for key in shared}, "settings": rows}
+    return {**{key: reference.get(key) for key in shared}, "settings": rows}
 
 
 def _ratio(result: dict[str, Any], reference: dict[str, Any], key: str) -> float | None:
@@ -212,7 +216,5 @@ def show(report: dict[str, Any]) -> None:
 
 def headline(report: dict[str, Any]) -> str:
     """What the runs of a comparison share, in one line."""
-    return (
-        f"{report['model']}, {report['parameters']:,} parameters, {report['precision']}: "
-        f"{report['steps']} steps of {report['batch_size']} x {report['sequence_length']:,} tokens"
-    )
+    tokens = f"{report['batch_size']} x {report['sequence_length']:,} tokens"
+    return f"{describe_model(report)}: {report['steps']} steps of {tokens}"

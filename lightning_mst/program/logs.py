@@ -23,8 +23,12 @@ def tidy_lightning_output() -> None:
         rank_zero.addFilter(_is_no_tip)
     # Reading a mapped file is fastest in the process that trains.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    # Lightning's own use of torch.
+    # Lightning's and PEFT's own use of torch and transformers.
     warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\).*")
+    warnings.filterwarnings("ignore", ".*`is_gradient_checkpointing` is deprecated.*")
+    # Where they are installed: which of their kernels for other hardware this machine has no use for.
+    for name in ("torchao", "bitsandbytes.backends.cpu.ops", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _is_no_tip(record: logging.LogRecord) -> bool:

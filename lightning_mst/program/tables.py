@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["print_summary", "print_table"]
+__all__ = ["describe_model", "print_summary", "print_table"]
 
 
 def print_summary(result: dict[str, Any], folder: Path) -> None:
@@ -19,7 +19,7 @@ def print_summary(result: dict[str, Any], folder: Path) -> None:
     table.add_column(style="bold")
     table.add_column()
     for name, value in {
-        "model": f"{result['model'] or 'model'}, {result['parameters']:,} parameters, {result['precision']}",
+        "model": describe_model(result),
         "mini-sequences": ", ".join(f"{key}={'off' if value is None else value}" for key, value in settings.items()),
         "tokens per step": f"{result['batch_size']} x {result['sequence_length']:,}",
         "steps": str(result["steps"]),
@@ -31,6 +31,15 @@ def print_summary(result: dict[str, Any], folder: Path) -> None:
     }.items():
         table.add_row(name, value)
     console().print(table)
+
+
+def describe_model(result: dict[str, Any]) -> str:
+    """What was trained, of a result or of what several share: name, size, what of it is trained, and in which form."""
+    parameters, trained = result["parameters"], result.get("trainable_parameters")
+    size = f"{parameters:,} parameters" + (f" ({trained:,} trained)" if trained not in (None, parameters) else "")
+    quantization, adapter = result.get("quantization"), result.get("adapter")
+    weights = [f"{quantization} weights"] if quantization else []
+    return ", ".join([result["model"] or "model", size, *weights, *([adapter] if adapter else []), result["precision"]])
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 
 from lightning_mst.causal_lm import CausalLM
-from lightning_mst.models import check_positions, check_vocabulary
+from lightning_mst.models import check_positions, check_vocabulary, count_parameters
 from lightning_mst.program.allocator import release_freed_memory, unmap_freed_blocks
 from lightning_mst.program.errors import ConfigurationError, configuration_of
 from lightning_mst.program.history import History
@@ -32,7 +34,8 @@ def train(config: DictConfig) -> dict[str, Any]:
     """Train, validate, print a summary, and write ``result.json`` into ``config.output_dir``.
 
     1. Read the data, which decides the vocabulary.
-    2. Build trainer and model, the model in the trainer's dtype and on its device.
+    2. Build trainer and model, the model in the trainer's dtype and on its device; quantize it and add adapters, if
+       the configuration says so.
     3. Fit; then, with ``config.validate``, the perplexity of the held-out text.
 
     Args:
@@ -41,8 +44,9 @@ def train(config: DictConfig) -> dict[str, Any]:
     Returns:
         What ``result.json`` holds: ``status``, ``loss`` (of the last step), ``losses`` (one per step),
         ``val_perplexity``, ``val_loss``, ``tokens_per_second``, ``peak_memory_gib`` (the highest of all steps),
-        ``steps``, ``sequence_length``, ``batch_size``, ``parameters``, ``model``, ``mst`` (its settings), ``mst_name``,
-        ``precision`` and ``seed``. What was not measured is None.
+        ``steps``, ``sequence_length``, ``batch_size``, ``parameters``, ``trainable_parameters``, ``model``, ``mst``
+        (its settings), ``mst_name``, ``precision``, ``quantization``, ``adapter`` and ``seed``. What was not measured
+        is None.
 
     Raises:
         ConfigurationError: A value is missing, unknown or does not go with another one.
@@ -53,6 +57,7 @@ def train(config: DictConfig) -> dict[str, Any]:
     unmap_freed_blocks()
     release_freed_memory()
     pl.seed_everything(config.seed, workers=True, verbose=False)
+    recipe = build_recipe(config)
 
     with configuration_of("data"):
         datamodule = build(config.data)
@@ -61,7 +66,7 @@ def train(config: DictConfig) -> dict[str, Any]:
 
     history = History()
     trainer = build_trainer(config, history)
-    module = build_module(config, trainer, datamodule.vocab_size)
+    module = build_module(config, trainer, datamodule.vocab_size, recipe)
 
     try:
         trainer.fit(module, datamodule=datamodule)
@@ -86,11 +91,14 @@ def train(config: DictConfig) -> dict[str, Any]:
         "steps": trainer.global_step,
         "sequence_length": config.data.sequence_length,
         "batch_size": config.data.batch_size,
-        "parameters": sum(parameter.numel() for parameter in module.model.parameters()),
+        "parameters": count_parameters(module.model),
+        "trainable_parameters": count_parameters(module.model, trainable=True),
         "model": choice("model"),
         "mst_name": choice("mst"),
         "mst": OmegaConf.to_container(config.mst, resolve=True),
         "precision": str(config.trainer.precision),
+        "quantization": choice("quantization") if config.quantization else None,
+        "adapter": choice("adapter") if config.adapter else None,
         "seed": config.seed,
         "losses": losses,
     }
@@ -128,6 +136,41 @@ def missing_keys(value: Any, key: str = "") -> list[str]:
     return [found for name, item in items for found in missing_keys(item, f"{key}.{name}" if key else str(name))]
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """What is made of a model before it trains, and how its trainable parameters are stepped.
+
+    Attributes:
+        quantize: Freezes and quantizes a model in place, on ``device=...``.
+        adapter: A PEFT configuration.
+        optimizer: Parameters -> optimizer.
+        scheduler: Optimizer -> learning rate scheduler.
+    """
+
+    quantize: Callable[..., nn.Module] | None
+    adapter: Any
+    optimizer: Callable[..., Any]
+    scheduler: Callable[..., Any] | None
+
+
+def build_recipe(config: DictConfig) -> Recipe:
+    """All that needs neither data nor model, so that a missing package or a wrong value shows before any work.
+
+    Raises:
+        ConfigurationError: Something in it can't be built, or quantized weights come without an adapter.
+    """
+    if config.quantization and not config.adapter:
+        raise ConfigurationError(
+            "quantization: Quantized weights are frozen, so that nothing would be trained. Add an adapter"
+            " (adapter=lora), or drop the quantization (quantization=none)"
+        )
+    made: dict[str, Any] = {}
+    for group in ("quantization", "adapter", "optimizer", "scheduler"):
+        with configuration_of(group):
+            made[group] = build(config[group]) if config[group] else None
+    return Recipe(made["quantization"], made["adapter"], made["optimizer"], made["scheduler"])
+
+
 def build_trainer(config: DictConfig, history: History) -> pl.Trainer:
     """The trainer, with the callbacks and loggers of the configuration and the history as the last callback.
 
@@ -152,13 +195,14 @@ def build_trainer(config: DictConfig, history: History) -> pl.Trainer:
     return trainer
 
 
-def build_module(config: DictConfig, trainer: pl.Trainer, vocab_size: int) -> CausalLM:
+def build_module(config: DictConfig, trainer: pl.Trainer, vocab_size: int, recipe: Recipe) -> CausalLM:
     """The LightningModule, its weights on the trainer's device and in its dtype.
 
     Args:
         config: The whole configuration.
         trainer: Decides the device and the dtype.
         vocab_size: Entries of the data's tokenizer: what ``model.config.vocab_size=null`` stands for.
+        recipe: What is made of the model.
     """
     model_config = copy.deepcopy(config.model)
     architecture = model_config.get("config")
@@ -170,11 +214,15 @@ def build_module(config: DictConfig, trainer: pl.Trainer, vocab_size: int) -> Ca
     with configuration_of("data"):
         check_vocabulary(model, vocab_size)
         check_positions(model, config.data.sequence_length)
-    with configuration_of("optimizer"):
-        optimizer = build(config.optimizer)
-    with configuration_of("scheduler"):
-        scheduler = build(config.scheduler) if config.scheduler else None
-    return CausalLM(model, optimizer=optimizer, scheduler=scheduler)
+    if recipe.quantize is not None:
+        with configuration_of("quantization"):
+            model = recipe.quantize(model, device=trainer.strategy.root_device)
+    if recipe.adapter is not None:
+        from peft import get_peft_model
+
+        with configuration_of("adapter"), trainer.init_module():
+            model = get_peft_model(model, recipe.adapter)
+    return CausalLM(model, optimizer=recipe.optimizer, scheduler=recipe.scheduler)
 
 
 def build(config: DictConfig, **options: Any) -> Any:

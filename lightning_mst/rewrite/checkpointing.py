@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_mst.rewrite.shadow import original_forward, original_value, shadow, shadow_forward
+from lightning_mst.rewrite.shadow import original_forward, original_value, shadow, shadow_method
 
 
 def is_transformers_layer(module: nn.Module) -> bool:
@@ -23,6 +23,16 @@ def is_transformers_layer(module: nn.Module) -> bool:
 def is_checkpointed_by_itself(layer: nn.Module) -> bool:
     """Whether transformers' switch is on in a layer, apart from what the rewrite did to it."""
     return is_transformers_layer(layer) and bool(original_value(layer, "gradient_checkpointing"))
+
+
+def why_not_checkpointed(model: nn.Module, layer: nn.Module) -> str | None:
+    """Why a layer can't be recomputed, or ``None``: some models of transformers change what they were given."""
+    if is_transformers_layer(layer):
+        return None
+    for module in model.modules():
+        if getattr(module, "supports_gradient_checkpointing", True) is False and layer in set(module.modules()):
+            return f"transformers can't checkpoint {type(module).__name__}"
+    return None
 
 
 def choose_layers(setting: str | int | Sequence[int], num_layers: int) -> set[int]:
@@ -63,7 +73,7 @@ def checkpoint_layer(layer: nn.Module, enable: bool) -> None:
         if enable:
             shadow(layer, "_gradient_checkpointing_func", partial(checkpoint, use_reentrant=False))
     elif enable:
-        shadow_forward(layer, _checkpointed_forward, None)
+        shadow_method(layer, _checkpointed_forward, None)
 
 
 def switch_models(model: nn.Module, enable: bool) -> None:

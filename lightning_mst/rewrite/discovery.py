@@ -1,45 +1,46 @@
-"""Finding decoder layers, MLPs and the LM head in a model, by structure."""
+"""Finding decoder layers, MLPs and LM heads in a model, by structure."""
 
 from __future__ import annotations
 
-import inspect
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from torch import nn
 
 from lightning_mst.rewrite.checkpointing import is_transformers_layer
-from lightning_mst.rewrite.shadow import original_forward
-
-_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
-_EXPERTS = re.compile(r"moe|expert|router", re.IGNORECASE)
-
-# Decoder layers that apply a norm to the MLP's output, and the norm's name: the modules alone don't tell.
-_POST_NORMS = {
-    "Gemma2DecoderLayer": "post_feedforward_layernorm",
-    "Gemma3DecoderLayer": "post_feedforward_layernorm",
-    "Olmo2DecoderLayer": "post_feedforward_layernorm",
-    "Glm4DecoderLayer": "post_mlp_layernorm",
-}
+from lightning_mst.rewrite.dataflow import ATTENTION, find_pair, follower_of
+from lightning_mst.rewrite.mlp import FEED_FORWARD_METHODS, rewrite_method, rewrite_mlp
+from lightning_mst.rewrite.pair import rewrite_pair
+from lightning_mst.rewrite.probe import Verdict, probe
+from lightning_mst.rewrite.structure import (
+    embedding_widths,
+    expert_counts,
+    linear_layers,
+    linear_shape,
+    mirrored_widths,
+    norm_widths,
+)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A module that might be rewritten.
+    """A block that might be rewritten.
 
     Attributes:
         name: its dotted name in the model.
-        module: the module.
-        hidden_size: D, the width of an MLP's input; 0 if nothing tells it.
-        reason: why it must be left alone, or ``None``.
+        class_name: what it is.
+        rewrite: puts it into mini-sequence form with a number or rule of chunks; ``None`` if it must be left alone.
+        reason: why it must be left alone, or what joined it.
+        refused: whether leaving it alone must not go unnoticed.
     """
 
     name: str
-    module: nn.Module
-    hidden_size: int = 0
-    reason: str | None = None
+    class_name: str
+    rewrite: Callable[[int | str], None] | None
+    reason: str = ""
+    refused: bool = False
 
 
 def find_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -72,87 +73,151 @@ def _repeated(module: nn.Module) -> list[tuple[str, nn.Module]]:
     return children if one_class and all(any(True for _ in child.children()) for _, child in children) else []
 
 
-def find_mlps(model: nn.Module, layers: list[tuple[str, nn.Module]]) -> list[Candidate]:
-    """The MLPs of the decoder layers, and what looked like one and has to be left alone, with the reason."""
-    widths = hidden_sizes(model)
-    return [candidate for name, layer in layers for candidate in _mlps_of_layer(name, layer, widths)]
+def find_mlps(model: nn.Module, layers: Iterable[tuple[str, nn.Module]]) -> list[Candidate]:
+    """The MLPs of the layers, and what looked like one and has to be left alone, with the reason."""
+    search = _Search(embedding_widths(model))
+    return [candidate for name, layer in layers for candidate in search.in_layer(name, layer)]
 
 
-def _mlps_of_layer(layer_name: str, layer: nn.Module, widths: set[int]) -> Iterator[Candidate]:
-    done: set[nn.Module] = set()
-    for name, module in layer.named_modules(prefix=layer_name):
-        if module is layer or module in done:
-            continue
-        if _says(_EXPERTS, name, module) or any(_says(_EXPERTS, n, m) for n, m in module.named_children()):
-            done.update(module.modules())
-            yield Candidate(name, module, reason="mixture of experts: not supported in mini-sequence form yet")
-            continue
-        if _says(_ATTENTION, name, module):
-            done.update(module.modules())
-            continue
-        hidden_size = mlp_hidden_size(module, widths)
-        if hidden_size is None:
-            continue
-        done.update(module.modules())
-        reason = None if _takes_one_tensor(module) else "its forward needs more than one argument"
-        yield Candidate(name, module, hidden_size, reason)
+class _Search:
+    """Looks for token-wise blocks; what it learnt of one layer it uses for equal ones."""
+
+    def __init__(self, widths: set[int]) -> None:
+        self._widths = widths
+        self._verdicts: dict[object, Verdict] = {}
+        self._followers: dict[object, str | None] = {}
+        self._pairs: dict[object, tuple[str, str] | None] = {}
+
+    def in_layer(self, name: str, layer: nn.Module) -> list[Candidate]:
+        found, refused = self._methods(name, layer)
+        if not found:
+            for key, child in layer.named_children():
+                more, left = self._below(layer, key, child)
+                found += [_named(name, c) for c in more]
+                refused += [_named(name, c) for c in left]
+        return found + refused if found else self._pair(name, layer) or refused
+
+    def _methods(self, name: str, layer: nn.Module) -> tuple[list[Candidate], list[Candidate]]:
+        for method in FEED_FORWARD_METHODS:
+            if not callable(getattr(layer, method, None)) or not mirrored_widths(layer):
+                continue
+            verdict = self._verdict(layer, method=method)
+            label = f"{type(layer).__name__}.{method}"
+            if verdict.reason is not None:
+                return [], [Candidate(f"{name}.{method}", label, None, verdict.reason)]
+            parts = [getattr(layer, part) for part in verdict.parts]
+
+            def rewrite(chunks: int | str, method: str = method, parts: list[nn.Module] = parts) -> None:
+                rewrite_method(layer, method, chunks, parts)
+
+            return [Candidate(f"{name}.{method}", label, rewrite)], []
+        return [], []
+
+    def _below(self, layer: nn.Module, name: str, module: nn.Module) -> tuple[list[Candidate], list[Candidate]]:
+        """The outermost token-wise blocks at or below a module, and what was tried in vain."""
+        counts = expert_counts(module)
+        if linear_shape(module) is not None or not (counts or mirrored_widths(module)):
+            return [], []
+        reason = "is a list of modules"
+        if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            verdict = self._verdict(module)
+            if verdict.reason is None:
+                return [self._accepted(layer, name, module, verdict)], []
+            reason = verdict.reason
+            if verdict.counts_tokens:
+                return [], [Candidate(name, type(module).__name__, None, reason, refused=True)]
+        found: list[Candidate] = []
+        refused: list[Candidate] = []
+        for key, child in module.named_children():
+            more, left = self._below(layer, f"{name}.{key}", child)
+            found += more
+            refused += left
+        if not found and not _goes_without_saying(name, module):
+            refused = [Candidate(name, type(module).__name__, None, reason)]
+        return found, refused
+
+    def _accepted(self, layer: nn.Module, name: str, module: nn.Module, verdict: Verdict) -> Candidate:
+        routers = [module.get_submodule(router) for router in verdict.routers]
+        follower_name = self._follower(layer, name, module, verdict)
+        follower = None if follower_name is None else layer.get_submodule(follower_name)
+
+        def rewrite(chunks: int | str) -> None:
+            rewrite_mlp(module, chunks, follower=follower, routers=routers)
+
+        notes = ["experts"] if routers else []
+        if follower_name is not None:
+            notes.append(f"{follower_name} joins it")
+        return Candidate(name, type(module).__name__, rewrite, ", ".join(notes))
+
+    def _follower(self, layer: nn.Module, name: str, module: nn.Module, verdict: Verdict) -> str | None:
+        key = (name, _signature(layer))
+        if key not in self._followers:
+            found = follower_of(layer, name, verdict.outputs, verdict.width)
+            if found is not None and probe(layer.get_submodule(found), [verdict.width]).reason is not None:
+                found = None
+            self._followers[key] = found
+        return self._followers[key]
+
+    def _pair(self, name: str, layer: nn.Module) -> list[Candidate]:
+        key = _signature(layer)
+        if key not in self._pairs:
+            self._pairs[key] = find_pair(layer, self._pair_candidates(layer))
+        pair = self._pairs[key]
+        if pair is None:
+            return []
+        first, second = (layer.get_submodule(part) for part in pair)
+
+        def rewrite(chunks: int | str) -> None:
+            rewrite_pair(first, second, chunks)
+
+        return [Candidate(f"{name}.{pair[0]} + {pair[1]}", type(first).__name__, rewrite)]
+
+    def _pair_candidates(self, layer: nn.Module) -> Iterator[tuple[str, str, int]]:
+        names = {module: name for name, module in layer.named_modules()}
+        linears = [m for m in linear_layers(layer) if not ATTENTION.search(names[m])]
+        widths = norm_widths(layer) | self._widths
+        for first in linears:
+            for second in linears:
+                shape, mirror = linear_shape(first), linear_shape(second)
+                if first is not second and shape is not None and mirror == shape[::-1] and shape[0] in widths:
+                    yield names[first], names[second], shape[0]
+
+    def _verdict(self, module: nn.Module, method: str = "forward") -> Verdict:
+        key = (method, _signature(module))
+        if key not in self._verdicts:
+            likely = self._widths | norm_widths(module)
+            widths = sorted({*mirrored_widths(module), *likely}, key=lambda width: width not in likely)
+            self._verdicts[key] = probe(module, widths, method=method)
+        return self._verdicts[key]
+
+    def named(self, name: str, module: nn.Module) -> Candidate:
+        """A module that the user says is an MLP."""
+        verdict = self._verdict(module)
+        if verdict.reason is not None:
+            return Candidate(name, type(module).__name__, None, verdict.reason)
+        routers = [module.get_submodule(router) for router in verdict.routers]
+        return Candidate(name, type(module).__name__, lambda chunks: rewrite_mlp(module, chunks, routers=routers))
 
 
-def _says(pattern: re.Pattern[str], name: str, module: nn.Module) -> bool:
-    return bool(pattern.search(name.rpartition(".")[2]) or pattern.search(type(module).__name__))
+def _goes_without_saying(name: str, module: nn.Module) -> bool:
+    """Whether nobody would expect a module in mini-sequence form."""
+    return isinstance(module, (nn.ModuleList, nn.ModuleDict)) or bool(
+        ATTENTION.search(f"{name} {type(module).__name__}")
+    )
 
 
-def mlp_hidden_size(module: nn.Module, widths: set[int]) -> int | None:
-    """D, if the module's own linear layers are one down projection I -> D and up projections D -> I or D -> 2 I.
-
-    Args:
-        module: the candidate.
-        widths: the model's hidden sizes, as far as they are known. Up and down are mirror images of each other in an
-            MLP of two layers; this tells them apart.
-    """
-    shapes = [s for s in map(_linear_shape, module.children()) if s is not None]
-    if len(shapes) < 2:
-        return None
-    # The down projection is usually the last to be registered.
-    for position, (inner, hidden_size) in reversed(list(enumerate(shapes))):
-        ups = shapes[:position] + shapes[position + 1 :]
-        fits = all(up[0] == hidden_size and up[1] in (inner, 2 * inner) for up in ups)
-        if fits and (not widths or hidden_size in widths):
-            return hidden_size
-    return None
+def _named(layer: str, candidate: Candidate) -> Candidate:
+    return replace(candidate, name=f"{layer}.{candidate.name}")
 
 
-def hidden_sizes(model: nn.Module) -> set[int]:
-    """The widths of the model's embedding tables."""
-    return {m.embedding_dim for m in model.modules() if isinstance(m, nn.Embedding)}
+def _signature(module: nn.Module) -> object:
+    """Equal for modules that one trial can speak for."""
+    shapes = tuple((name, tuple(p.shape), p.dtype, p.device) for name, p in module.named_parameters())
+    return type(module), repr(module), shapes
 
 
-def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """(in, out) of a linear layer; GPT-2's ``Conv1D`` is one whose weight is stored transposed."""
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx"):
-        return module.nx, module.nf
-    return None
-
-
-def _takes_one_tensor(module: nn.Module) -> bool:
-    parameters = inspect.signature(original_forward(module)).parameters.values()
-    required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    return len(required) == 1
-
-
-def post_norm_of(layer: nn.Module, mlp: nn.Module) -> nn.Module | None:
-    """The norm that a decoder layer applies to its MLP's output, if it is known to."""
-    for cls in type(layer).__mro__:
-        name = _POST_NORMS.get(cls.__name__)
-        if name is not None and mlp in set(layer.children()):
-            return getattr(layer, name)
-    return None
-
-
-def match_modules(model: nn.Module, patterns: list[str], option: str) -> list[Candidate]:
-    """The modules that a user's name patterns select.
+def match_modules(model: nn.Module, patterns: list[str], option: str) -> dict[str, nn.Module]:
+    """The modules that a user's name patterns select, by name.
 
     Raises:
         ValueError: for a pattern that matches nothing.
@@ -168,41 +233,14 @@ def match_modules(model: nn.Module, patterns: list[str], option: str) -> list[Ca
                 f"{', '.join(leaves[:40])}{', ...' if len(leaves) > 40 else ''}."
             )
         chosen.update(matches)
-    widths = hidden_sizes(model)
-    default = min(widths, default=0)
-    return [Candidate(name, module, mlp_hidden_size(module, widths) or default) for name, module in chosen.items()]
+    return chosen
 
 
-def find_lm_head(model: nn.Module, layers: list[tuple[str, nn.Module]]) -> Candidate | str:
-    """The module that maps hidden states to logits, or in words why there is none to rewrite.
+def match_mlps(model: nn.Module, patterns: list[str]) -> list[Candidate]:
+    """The MLPs that a user's name patterns select, with the reason where one can't be rewritten.
 
-    It is what a transformers model names as its output embeddings, or else the one linear layer outside the decoder
-    layers whose output is as wide as an embedding table is long.
+    Raises:
+        ValueError: for a pattern that matches nothing.
     """
-    names = {module: name for name, module in model.named_modules()}
-    for module in model.modules():
-        getter = getattr(module, "get_output_embeddings", None)
-        head = getter() if callable(getter) else None
-        if isinstance(head, nn.Module) and head in names:
-            return Candidate(names[head], head, reason=why_not_a_head(head))
-    inside = {m for _, layer in layers for m in layer.modules()}
-    tables = {(m.embedding_dim, m.num_embeddings) for m in model.modules() if isinstance(m, nn.Embedding)}
-    heads = [
-        module
-        for module in names
-        if isinstance(module, nn.Linear)
-        and module not in inside
-        and (module.in_features, module.out_features) in tables
-    ]
-    if not heads:
-        return "no linear layer outside the decoder layers is as wide as an embedding table is long"
-    if len(heads) > 1:
-        return f"several candidates ({', '.join(names[h] for h in heads)}): name one in lm_head_module"
-    return Candidate(names[heads[0]], heads[0], reason=why_not_a_head(heads[0]))
-
-
-def why_not_a_head(module: nn.Module) -> str | None:
-    """Why a module can't be a mini-sequence LM head: it must be a linear layer with the usual forward."""
-    if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
-        return None
-    return f"{type(module).__name__} is not a plain linear layer"
+    search = _Search(embedding_widths(model))
+    return [search.named(name, module) for name, module in match_modules(model, patterns, "mlp_modules").items()]

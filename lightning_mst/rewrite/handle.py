@@ -17,21 +17,12 @@ from lightning_mst.rewrite.checkpointing import (
     choose_layers,
     is_checkpointed_by_itself,
     switch_models,
+    why_not_checkpointed,
 )
 from lightning_mst.rewrite.config import MSTConfig
-from lightning_mst.rewrite.discovery import (
-    Candidate,
-    find_layers,
-    find_lm_head,
-    find_mlps,
-    match_modules,
-    post_norm_of,
-    why_not_a_head,
-)
-from lightning_mst.rewrite.lm_head import rewrite_lm_head
-from lightning_mst.rewrite.mlp import rewrite_mlp
-from lightning_mst.rewrite.probe import why_not_token_wise
-from lightning_mst.rewrite.shadow import restore, shadowed
+from lightning_mst.rewrite.discovery import Candidate, find_layers, find_mlps, match_mlps
+from lightning_mst.rewrite.heads import find_lm_heads, match_lm_heads
+from lightning_mst.rewrite.shadow import lifted, restore, shadowed
 
 
 @dataclass(frozen=True)
@@ -126,7 +117,8 @@ class MSTHandle:
 
     def _apply(self, config: MSTConfig) -> None:
         # First the plan, so that an error leaves the model in the form that it has.
-        plan = _Plan(self.model, config)
+        with lifted(self.model):
+            plan = _Plan(self.model, config)
         self._restore()
         plan.carry_out()
         self.config, self.rows = config, plan.rows
@@ -141,11 +133,16 @@ class _Plan:
         self._layers = find_layers(model)
         self.rows: list[Row] = []
         self._mlps = self._choose_mlps(model)
-        self._head = self._choose_head(model)
-        self._chosen = choose_layers(config.checkpoint_layers, len(self._layers))
+        self._heads = self._choose_heads(model)
+        self._unfit = {
+            index: reason
+            for index, (_, layer) in enumerate(self._layers)
+            if (reason := why_not_checkpointed(model, layer)) is not None
+        }
+        self._chosen = choose_layers(config.checkpoint_layers, len(self._layers)) - self._unfit.keys()
         self._describe_layers()
         wanted = config.mlp_chunks is not None or config.lm_head_chunks is not None
-        if wanted and not self._mlps and self._head is None:
+        if wanted and not self._mlps and not self._heads:
             raise ValueError(
                 f"Nothing to rewrite in {type(model).__name__}: "
                 + "; ".join(dict.fromkeys(f"{r.block}: {r.reason}" for r in self.rows if r.reason))
@@ -160,12 +157,11 @@ class _Plan:
 
     def carry_out(self) -> None:
         config = self._config
-        for mlp in self._mlps:
-            assert config.mlp_chunks is not None
-            rewrite_mlp(mlp.module, config.mlp_chunks, self._post_norm(mlp))
-        if self._head is not None:
-            assert config.lm_head_chunks is not None
-            rewrite_lm_head(self._head.module, config.lm_head_chunks)
+        for blocks, chunks in ((self._mlps, config.mlp_chunks), (self._heads, config.lm_head_chunks)):
+            for block in blocks:
+                assert block.rewrite is not None
+                assert chunks is not None
+                block.rewrite(chunks)
         if config.checkpoint_layers != "none":
             switch_models(self._model, bool(self._chosen))
             for index, (_, layer) in enumerate(self._layers):
@@ -176,98 +172,59 @@ class _Plan:
         if config.mlp_chunks is None:
             return []
         patterns = config.mlp_patterns
-        if patterns is None:
-            candidates = find_mlps(model, self._layers)
-            if not candidates:
-                self._left("MLP", "", "", "no decoder layer holds an up and a down projection")
-        else:
-            candidates = match_modules(model, patterns, "mlp_modules")
-        chosen: list[Candidate] = []
-        verdicts: dict[object, str | None] = {}
+        candidates = find_mlps(model, self._layers) if patterns is None else match_mlps(model, patterns)
+        if not candidates:
+            self._left("MLP", Candidate("", "", None, "no layer holds an up and a down projection"))
         for candidate in candidates:
-            reason = candidate.reason
-            if reason is None:
-                key = _signature(candidate.module)
-                if key not in verdicts:
-                    verdicts[key] = why_not_token_wise(candidate.module, candidate.hidden_size)
-                reason = verdicts[key]
-            class_name = type(candidate.module).__name__
-            if reason is None:
-                chosen.append(candidate)
-                note = "with the norm after it" if self._post_norm(candidate) is not None else ""
-                self.rows.append(Row("MLP", candidate.name, class_name, _mini(config.mlp_chunks), note))
-            elif patterns is not None or "experts" in reason:
+            if candidate.rewrite is None and patterns is not None:
+                raise ValueError(f"{_cannot(candidate)} Take it out of mlp_modules.")
+            if candidate.refused:
                 raise ValueError(
-                    f"{candidate.name} ({class_name}) can't run in mini-sequence form: {reason}. "
-                    + (
-                        "Take it out of mlp_modules."
-                        if patterns is not None
-                        else "Set mlp_chunks=None to rewrite the LM head alone, or name dense MLPs in mlp_modules."
-                    )
+                    f"{_cannot(candidate)} Set mlp_chunks=None to rewrite the LM head alone, or name dense MLPs in "
+                    "mlp_modules."
                 )
-            else:
-                self._left("MLP", candidate.name, class_name, reason)
-        return chosen
+        return self._choose("MLP", candidates, config.mlp_chunks)
 
-    def _post_norm(self, candidate: Candidate) -> nn.Module | None:
-        if self._config.mlp_modules is not None:
-            return None
-        for _, layer in self._layers:
-            if candidate.module in layer.children():
-                return post_norm_of(layer, candidate.module)
-        return None
-
-    def _choose_head(self, model: nn.Module) -> Candidate | None:
+    def _choose_heads(self, model: nn.Module) -> list[Candidate]:
         config = self._config
         if config.lm_head_chunks is None:
-            return None
-        if config.lm_head_module is not None:
-            matches = match_modules(model, [config.lm_head_module], "lm_head_module")
-            if len(matches) > 1:
-                raise ValueError(
-                    f"lm_head_module={config.lm_head_module!r} matches {len(matches)} modules "
-                    f"({', '.join(m.name for m in matches[:5])}); expected one."
-                )
-            found: Candidate | str = replace(matches[0], reason=why_not_a_head(matches[0].module))
-        else:
-            found = find_lm_head(model, self._layers)
-        if isinstance(found, str):
-            self._left("LM head", "", "", found)
-            return None
-        class_name = type(found.module).__name__
-        if found.reason is None:
-            self.rows.append(Row("LM head", found.name, class_name, _mini(config.lm_head_chunks)))
-            return found
-        if config.lm_head_module is not None:
-            raise ValueError(f"{found.name} can't be a mini-sequence LM head: {found.reason}.")
-        self._left("LM head", found.name, class_name, found.reason)
-        return None
+            return []
+        if config.lm_head_module is None:
+            return self._choose("LM head", find_lm_heads(model, self._layers), config.lm_head_chunks)
+        candidates = match_lm_heads(model, config.lm_head_module)
+        for candidate in candidates:
+            if candidate.rewrite is None:
+                raise ValueError(f"{_cannot(candidate)} Take it out of lm_head_module.")
+        return self._choose("LM head", candidates, config.lm_head_chunks)
+
+    def _choose(self, block: str, candidates: list[Candidate], chunks: int | str) -> list[Candidate]:
+        for candidate in candidates:
+            if candidate.rewrite is None:
+                self._left(block, candidate)
+            else:
+                form = f"M = {chunks}"
+                self.rows.append(Row(block, candidate.name, candidate.class_name, form, candidate.reason))
+        return [candidate for candidate in candidates if candidate.rewrite is not None]
 
     def _describe_layers(self) -> None:
         if self._config.checkpoint_layers == "none":
             return
         if not self._layers:
-            self._left("layer", "", "", "no repeated layers found, so nothing is checkpointed")
+            self._left("layer", Candidate("", "", None, "no repeated layers found, so nothing is checkpointed"))
         for index, (name, layer) in enumerate(self._layers):
             if index in self._chosen:
                 self.rows.append(Row("layer", name, type(layer).__name__, "checkpointed"))
             else:
-                reason = f"not chosen by checkpoint_layers={self._config.checkpoint_layers!r}"
+                reason = self._unfit.get(index) or f"not chosen by checkpoint_layers={self._config.checkpoint_layers!r}"
                 form = "not checkpointed" if is_checkpointed_by_itself(layer) else _LEFT
                 self.rows.append(Row("layer", name, type(layer).__name__, form, reason))
 
-    def _left(self, block: str, name: str, class_name: str, reason: str) -> None:
-        self.rows.append(Row(block, name, class_name, _LEFT, reason))
+    def _left(self, block: str, candidate: Candidate) -> None:
+        self.rows.append(Row(block, candidate.name, candidate.class_name, _LEFT, candidate.reason))
 
 
-def _mini(chunks: int | str) -> str:
-    return f"M = {chunks}"
-
-
-def _signature(module: nn.Module) -> object:
-    """Equal for modules that one probe can speak for."""
-    shapes = tuple((name, tuple(p.shape), p.dtype, p.device) for name, p in module.named_parameters())
-    return type(module), repr(module), shapes
+def _cannot(candidate: Candidate) -> str:
+    return f"{candidate.name} ({candidate.class_name}) can't run in mini-sequence form: {candidate.reason}."
 
 
 def _grouped(rows: Iterable[Row]) -> dict[tuple[str, str, str, str, str], int]:

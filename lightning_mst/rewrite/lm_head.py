@@ -2,54 +2,92 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_mst.ops.chunking import few_logits, lm_head_split
+from lightning_mst.ops.context import AutocastState, RNGState, drop_autocast_copies
 from lightning_mst.ops.deferred_logits import Request, defer_logits
-from lightning_mst.rewrite.shadow import form_of, original_forward, shadow_forward
+from lightning_mst.ops.heads import Head, LinearHead, ModuleHead
+from lightning_mst.rewrite.shadow import form_of, original_forward, shadow_method
 
 
 @dataclass
 class _LMHeadForm:
     chunks: int | str
+    # V and the logits' dtype of a head that is not linear, by all that may change them.
+    probed: dict[Any, tuple[int, torch.dtype]] = field(default_factory=dict)
 
 
 def rewrite_lm_head(head: nn.Module, chunks: int | str) -> None:
     """Lets an LM head answer with deferred logits, on which a loss runs over mini-sequences.
 
     Args:
-        head: an ``nn.Linear`` from (..., D) to (..., V).
+        head: a module from (..., D) to (..., V) that treats every token alike: an ``nn.Linear``, or any other.
         chunks: M, ``"auto"`` or ``"paper"``.
     """
-    shadow_forward(head, _lm_head_forward, _LMHeadForm(chunks))
+    shadow_method(head, _lm_head_forward, _LMHeadForm(chunks))
 
 
-def _lm_head_forward(self: nn.Linear, input: Tensor, request: Request | None = None) -> Any:
-    if request is not None:
-        return request(input, self.weight, self.bias)
-    form: _LMHeadForm = form_of(self)
-    vocab_size, hidden_size = self.weight.shape
-    one_token = not torch.is_grad_enabled() and (input.dim() < 2 or input.shape[-2] == 1)
-    if one_token or few_logits(
-        form.chunks,
-        num_tokens=input.numel() // max(1, hidden_size),
-        vocab_size=vocab_size,
-        element_size=input.element_size(),
-    ):
-        return original_forward(self)(input)
+@dataclass(frozen=True)
+class _Ask:
+    """Runs a request inside a head's forward; equal for two calls of one head, so that one gathering serves both."""
 
-    def run(request: Request, hidden: Tensor) -> tuple[Tensor, ...]:
+    module: nn.Module
+
+    def __call__(self, request: Request, hidden: Tensor) -> tuple[Tensor, ...]:
         # Through __call__, so that whoever gathers the weights in a forward hook (FSDP, ZeRO) gathers them now, once.
-        return self(hidden, request)
+        return self.module(hidden, request)
 
-    return defer_logits(
-        input,
-        self.weight,
-        self.bias,
-        split=lm_head_split(form.chunks, hidden_size=hidden_size, vocab_size=vocab_size),
-        run=run,
-    )
+
+def _lm_head_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    if not args and kwargs.keys() == {"input"}:
+        args, kwargs = (kwargs["input"],), {}
+    if len(args) == 2 and callable(args[1]):
+        hidden, request = args
+        return request(hidden, _head(self, hidden))
+    if len(args) != 1 or kwargs:
+        # Arguments that mini-sequences know nothing of.
+        return original_forward(self)(*args, **kwargs)
+    (hidden,) = args
+    if not torch.is_grad_enabled() and (hidden.dim() < 2 or hidden.shape[-2] == 1):
+        return original_forward(self)(hidden)
+    form: _LMHeadForm = form_of(self)
+    head, hidden_size = _head(self, hidden), hidden.shape[-1]
+    if few_logits(
+        form.chunks,
+        num_tokens=hidden.numel() // max(1, hidden_size),
+        vocab_size=head.vocab_size,
+        element_size=hidden.element_size(),
+    ):
+        return original_forward(self)(hidden)
+    split = lm_head_split(form.chunks, hidden_size=hidden_size, vocab_size=head.vocab_size)
+    return defer_logits(hidden, head, split=split, run=_Ask(self))
+
+
+def _head(module: nn.Module, hidden: Tensor) -> Head:
+    forward = original_forward(module)
+    if getattr(forward, "__func__", None) is nn.Linear.forward and not _is_wrapped(module.weight):
+        return LinearHead(module.weight, module.bias)
+    parameters = tuple(module.parameters())
+    probed = form_of(module).probed
+    key = hidden.dtype, AutocastState.now(hidden.device), tuple(p.shape for p in parameters)
+    if key not in probed:
+        with torch.no_grad(), RNGState(hidden.device).replayed():
+            logits = forward(hidden.new_zeros(1, hidden.shape[-1]))
+        drop_autocast_copies()
+        probed[key] = logits.shape[-1], logits.dtype
+    return ModuleHead(forward, parameters, *probed[key])
+
+
+def _is_wrapped(weight: Tensor) -> bool:
+    """Whether a weight has arithmetic of its own, as quantized ones have; not so a sharded one."""
+    if not is_traceable_wrapper_subclass(weight) or not torch.distributed.is_available():
+        return is_traceable_wrapper_subclass(weight)
+    from torch.distributed.tensor import DTensor
+
+    return not isinstance(weight, DTensor)

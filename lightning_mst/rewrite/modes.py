@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from torch import nn
 
+from lightning_mst.rewrite.structure import linear_shape
+
+
+def eval_mode(model: nn.Module) -> AbstractContextManager[None]:
+    """Runs the body with every module in evaluation mode, then gives each its own mode back.
+
+    Linear layers by themselves stay as they are: the mode means nothing to them, but for a quantized one, which may
+    pack its weight anew at the first evaluation, into a form that has no gradient.
+    """
+    return _mode(model, False)
+
+
+def train_mode(model: nn.Module) -> AbstractContextManager[None]:
+    """Runs the body with every module in training mode, then gives each its own mode back."""
+    return _mode(model, True)
+
 
 @contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Runs the body with every module in evaluation mode, then gives each its own mode back."""
+def _mode(model: nn.Module, training: bool) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
-    model.eval()
+    for module in modes:
+        if linear_shape(module) is None or any(True for _ in module.children()):
+            module.training = training
     try:
         yield
     finally:

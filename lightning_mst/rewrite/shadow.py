@@ -6,7 +6,9 @@ hooks and ``state_dict``; taking the entry away gives back the module as it was.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,21 +21,27 @@ _KEY = "_mst"
 class _State:
     """What was put into a module's ``__dict__``, and what stood there before."""
 
-    form: Any = None
+    forms: dict[str, Any] = field(default_factory=dict)
     added: list[str] = field(default_factory=list)
     replaced: dict[str, Any] = field(default_factory=dict)
 
 
-class BoundForward:
-    """A function bound to a module, as ``forward``.
+class BoundMethod:
+    """A function bound to a module, in place of ``forward`` or another method.
 
     Unlike a bound method, it survives pickling (a method is pickled as its name, which the class resolves to its own
     ``forward``); unlike a closure, a deepcopied one calls the copy.
     """
 
-    def __init__(self, function: Callable[..., Any], module: nn.Module) -> None:
+    def __init__(self, function: Callable[..., Any], module: nn.Module, name: str) -> None:
         self.function = function
         self.module = module
+        self.name = name
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the method in whose place this stands: some callers count its arguments."""
+        return inspect.signature(original_method(self.module, self.name))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the function on the module."""
@@ -58,21 +66,22 @@ def shadow(module: nn.Module, name: str, value: Any) -> None:
     entries[name] = value
 
 
-def shadow_forward(module: nn.Module, function: Callable[..., Any], form: Any) -> None:
-    """Lets a function of (module, ...) run as the module's ``forward``.
+def shadow_method(module: nn.Module, function: Callable[..., Any], form: Any, name: str = "forward") -> None:
+    """Lets a function of (module, ...) run in place of one of the module's methods.
 
     Args:
         module: the module.
         function: a module-level function, so that it can be pickled.
         form: the function's settings, for ``form_of``.
+        name: the method.
     """
-    shadow(module, "forward", BoundForward(function, module))
-    module.__dict__[_KEY].form = form
+    shadow(module, name, BoundMethod(function, module, name))
+    module.__dict__[_KEY].forms[name] = form
 
 
-def form_of(module: nn.Module) -> Any:
-    """The settings that ``shadow_forward`` was given."""
-    return module.__dict__[_KEY].form
+def form_of(module: nn.Module, name: str = "forward") -> Any:
+    """The settings that ``shadow_method`` was given."""
+    return module.__dict__[_KEY].forms[name]
 
 
 def original_value(module: nn.Module, name: str) -> Any:
@@ -83,15 +92,20 @@ def original_value(module: nn.Module, name: str) -> Any:
     return getattr(type(module) if name in state.added else module, name)
 
 
+def original_method(module: nn.Module, name: str) -> Callable[..., Any]:
+    """The method that runs without the shadow."""
+    state = module.__dict__.get(_KEY)
+    if state is None or (name not in state.added and name not in state.replaced):
+        return getattr(module, name)
+    if name in state.replaced:
+        return state.replaced[name]
+    # Looked up at each call: FSDP2 changes the class of a module after the rewrite.
+    return getattr(type(module), name).__get__(module)
+
+
 def original_forward(module: nn.Module) -> Callable[..., Any]:
     """The ``forward`` that runs without the shadow."""
-    state = module.__dict__.get(_KEY)
-    if state is None:
-        return module.forward
-    if "forward" in state.replaced:
-        return state.replaced["forward"]
-    # Looked up at each call: FSDP2 changes the class of a module after the rewrite.
-    return type(module).forward.__get__(module)
+    return original_method(module, "forward")
 
 
 def shadowed(model: nn.Module) -> Iterator[nn.Module]:
@@ -99,6 +113,23 @@ def shadowed(model: nn.Module) -> Iterator[nn.Module]:
     for module in model.modules():
         if _KEY in module.__dict__:
             yield module
+
+
+@contextmanager
+def lifted(model: nn.Module) -> Iterator[None]:
+    """Runs the body with ``model`` as it was before anything in it was shadowed, then puts every shadow back."""
+    taken = []
+    for module in list(shadowed(model)):
+        state: _State = module.__dict__[_KEY]
+        entries = {name: module.__dict__[name] for name in (*state.added, *state.replaced)}
+        restore(module)
+        taken.append((module, state, entries))
+    try:
+        yield
+    finally:
+        for module, state, entries in taken:
+            module.__dict__[_KEY] = state
+            module.__dict__.update(entries)
 
 
 def restore(module: nn.Module) -> None:

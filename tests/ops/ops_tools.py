@@ -1,14 +1,19 @@
-"""Measures shared by the tests of the ops: distances and matmuls."""
+"""Shared by the tests of the ops: distances, a count of matmuls, and a head in both forms."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_mst.ops import LinearHead
+from lightning_mst.ops.deferred_logits import DeferredLogits, defer_logits
+
+B, S, D, V = 2, 5, 6, 11
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
@@ -58,3 +63,44 @@ class Matmuls(TorchDispatchMode):
             return result
         self.multiply_adds += left.numel() * right.shape[-1]
         return result
+
+
+class Head:
+    """The tensors of one head, and its logits in both forms."""
+
+    def __init__(
+        self, dtype: torch.dtype = torch.float64, *, bias: bool = True, lead: tuple[int, ...] = (B, S)
+    ) -> None:
+        def leaf(*shape: int) -> Tensor:
+            return torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_()
+
+        self.hidden, self.weight = leaf(*lead, D), leaf(V, D)
+        self.bias = leaf(V) if bias else None
+        self.labels = torch.randint(V, lead)
+        self.labels.view(-1)[::4] = -100
+        self.tensors = [t for t in (self.hidden, self.weight, self.bias) if t is not None]
+
+    def plain(self) -> Tensor:
+        return F.linear(self.hidden, self.weight, self.bias)
+
+    def deferred(self, num_chunks: int = 3) -> DeferredLogits:
+        return defer_logits(self.hidden, LinearHead(self.weight, self.bias), split={"num_chunks": num_chunks})
+
+    def outcome(self, use: Callable[[Tensor, Tensor], Tensor], logits: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        result = use(logits, self.labels)
+        incoming = torch.linspace(0.5, 1.5, result.numel(), dtype=result.dtype).view(result.shape)
+        return result.detach(), torch.autograd.grad(result, self.tensors, incoming)
+
+
+def leaves_of(node: Any) -> set[int]:
+    """The ids of the leaves that a graph leads to."""
+    todo, seen, found = [node], set(), set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        todo.extend(parent for parent, _ in node.next_functions)
+    return found

@@ -41,7 +41,9 @@ def test_the_checkouts_configurations_are_the_ones_found():
 
 def test_every_group_has_the_options_that_the_documentation_names():
     assert {"off", "auto", "paper", "recompute"} <= set(stems("mst"))
-    assert stems("precision") == ["16-mixed", "32-true", "bf16-mixed", "bf16-true"]
+    assert stems("precision") == ["16-mixed", "32-true", "bf16-mixed", "bf16-true", "int8-lora", "nf4-lora"]
+    assert stems("quantization") == ["int8", "nf4", "none"]
+    assert stems("adapter") == ["lora", "none"]
     assert {"stdlib", "text", "jsonl", "parquet", "hub"} == set(stems("data"))
     assert {"csv", "tensorboard", "wandb", "none"} == set(stems("logger"))
     assert {"llama_small", "hf", *SIZES} == set(stems("model"))
@@ -95,12 +97,14 @@ def test_every_data_option_names_arguments_of_the_data_module(compose_config, na
 
 @pytest.mark.parametrize("name", stems("precision"))
 def test_every_precision_sets_the_trainers(compose_config, name):
-    assert compose_config(f"precision={name}").trainer.precision == name
+    assert compose_config(f"precision={name}").trainer.precision == ("bf16-mixed" if "lora" in name else name)
 
 
 @pytest.mark.parametrize("name", stems("optimizer"))
 def test_every_optimizer_is_a_partial_that_takes_parameters(compose_config, name):
     config = compose_config(f"optimizer={name}")
+    if "8bit" in name:
+        pytest.importorskip("bitsandbytes")
     layer = nn.Linear(3, 3)
     before = layer.weight.detach().clone()
 

@@ -92,6 +92,12 @@ def test_bf16_weights_train(train):
     assert 0 < result["loss"] < 10
 
 
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_mixed_precision_goes_with_a_fused_optimizer_and_clipped_gradients(train, precision):
+    """Lightning refuses to clip where the optimizer offers to unscale gradients itself."""
+    assert 0 < train(f"precision={precision}", "optimizer.fused=true", "trainer.gradient_clip_val=1.0")["loss"] < 10
+
+
 def test_metrics_of_every_step_go_to_the_csv_logger(train, tmp_path):
     train("logger=csv")
 

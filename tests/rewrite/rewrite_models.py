@@ -119,6 +119,13 @@ def distance(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     )
 
 
+def furthest(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """As ``distance``, but a gradient that is next to nothing, as a key's bias has, is held to the others' size."""
+    assert got.keys() == expected.keys()
+    total = max(e.norm() for e in expected.values())
+    return max(((got[n] - e).norm() / e.norm().clamp_min(1e-4 * total)).item() for n, e in expected.items())
+
+
 class MatmulCounter(TorchDispatchMode):
     """Counts the multiply-adds of all matrix products that have a dimension of one of the given widths."""
 

@@ -1,0 +1,140 @@
+"""One call of a block: which of its arguments are tokens, which of its results, and the chunks in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from torch import Size, Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from lightning_mst.ops.chunking import mlp_num_chunks
+from lightning_mst.ops.token_wise import token_wise
+from lightning_mst.rewrite.routers import announce, overheard
+
+
+class Call:
+    """The arguments with which a block was called.
+
+    Args:
+        name: the block's, for the message.
+        args: positional arguments. Every tensor among the arguments has an entry per token: the first is x of shape
+            (*lead, D), the others start with its leading dimensions.
+        kwargs: arguments by name.
+
+    Raises:
+        TypeError: if there are no tensors, or they don't share their tokens.
+    """
+
+    def __init__(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        leaves, self._structure = tree_flatten((args, dict(kwargs)))
+        self._slots = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        self._inputs: list[Tensor] = [leaves[index] for index in self._slots]
+        # Without the tensors: what the chunks' function refers to lives until backward, unknown to checkpointing.
+        self._others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        lead = self._inputs[0].shape[:-1] if self._inputs else ()
+        if not self._inputs or any(t.shape[: len(lead)] != lead for t in self._inputs):
+            shapes = ", ".join(str(tuple(t.shape)) for t in self._inputs) or "none"
+            raise TypeError(
+                f"{name} runs in mini-sequences as a function of tensors that share their tokens, but was called with "
+                f"tensors of shapes {shapes}. Name the MLPs yourself (mlp_modules=...) or set mlp_chunks=None."
+            )
+
+    def num_chunks(self, setting: int | str) -> int:
+        """M for a setting."""
+        x = self._inputs[0]
+        width = x.shape[-1]
+        return mlp_num_chunks(setting, num_tokens=x.numel() // max(1, width), hidden_size=width)
+
+    def run(
+        self,
+        forward: Callable[..., Any],
+        num_chunks: int,
+        *,
+        parts: Sequence[nn.Module],
+        routers: Sequence[nn.Module] = (),
+        finish: Callable[[Tensor], Tensor] | None = None,
+    ) -> Any:
+        """Runs all chunks, and tells what the routers said of all tokens to those who listen.
+
+        Args:
+            forward: the block.
+            num_chunks: M.
+            parts: the modules that it uses.
+            routers: those of them that have listeners.
+            finish: a token-wise function of the block's first result, to be run with it.
+
+        Returns:
+            What the block returns for the whole.
+        """
+        x = self._inputs[0]
+        layout = _Layout(x.shape[:-1])
+        slots, others, structure = self._slots, self._others, self._structure
+
+        def piece(*tensors: Tensor) -> Any:
+            leaves = list(others)
+            for slot, tensor in zip(slots, tensors, strict=True):
+                leaves[slot] = tensor
+            args, kwargs = tree_unflatten(leaves, structure)
+            with ExitStack() as stack:
+                said = stack.enter_context(overheard(routers)) if routers else []
+                result = forward(*args, **kwargs)
+            if finish is not None:
+                result = (finish(result[0]), *result[1:]) if isinstance(result, tuple) else finish(result)
+            return layout.pack([result, *said], tokens=tensors[0].shape[:-1].numel())
+
+        outputs = token_wise(
+            piece,
+            self._inputs,
+            num_chunks=num_chunks,
+            parameters=[p for part in parts for p in part.parameters()],
+        )
+        result, *said = layout.unpack(outputs)
+        for router, answer in zip(routers, said, strict=True):
+            announce(router, answer, x)
+        return result
+
+
+class _Layout:
+    """Takes nested results apart into tensors of tokens, and puts the whole sequence's together again.
+
+    Experts' routers flatten (B, S) to B * S tokens; other values keep the leading dimensions.
+    """
+
+    def __init__(self, lead: Size) -> None:
+        self._lead = lead
+        self._shape: list[Any] = []
+
+    def pack(self, values: list[Any], tokens: int) -> Any:
+        """The tensors among the values, each with the leading dimensions (1, ..., 1, tokens)."""
+        flat: list[Tensor] = []
+        self._shape = [self._take(value, tokens, flat) for value in values]
+        return flat[0] if len(flat) == 1 else tuple(flat)
+
+    def _take(self, value: Any, tokens: int, flat: list[Tensor]) -> Any:
+        if isinstance(value, tuple):
+            return tuple(self._take(v, tokens, flat) for v in value)
+        if not isinstance(value, Tensor):
+            return None
+        lead = (1,) * (len(self._lead) - 1) + (tokens,)
+        if tuple(value.shape[: len(lead)]) == lead:
+            flat.append(value)
+            return "leading"
+        if value.shape[:1] == (tokens,):
+            flat.append(value.reshape(*lead, *value.shape[1:]))
+            return "flat"
+        return None
+
+    def unpack(self, outputs: Any) -> list[Any]:
+        """The values of the whole sequence; what was no tensor of tokens is ``None``."""
+        flat = iter((outputs,) if isinstance(outputs, Tensor) else outputs)
+        return [self._put(shape, flat) for shape in self._shape]
+
+    def _put(self, shape: Any, flat: Iterator[Tensor]) -> Any:
+        if isinstance(shape, tuple):
+            return tuple(self._put(s, flat) for s in shape)
+        if shape is None:
+            return None
+        tensor = next(flat)
+        return tensor if shape == "leading" else tensor.reshape(-1, *tensor.shape[len(self._lead) :])

@@ -1,0 +1,54 @@
+"""A copy of a module to try things on where the module itself can't be run."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def is_out_of_reach(module: nn.Module) -> bool:
+    """Whether a module's weights hold no values here: on the meta device, or sharded over ranks."""
+    return any(p.is_meta or _is_sharded(p) for p in module.parameters())
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor) or tensor.numel() == 0
+
+
+def stand_in(module: nn.Module, device: str = "cpu") -> nn.Module:
+    """Copies a module with random fp32 weights in place of its own, without its hooks.
+
+    A weight's rows share one random row, so the copy takes next to no memory, however large the module is.
+
+    Args:
+        module: the module; its weights must be floating-point numbers for a copy on the CPU.
+        device: ``"cpu"``, or ``"meta"`` for a copy that has no values at all, in the dtypes of the module.
+    """
+    generator = torch.Generator().manual_seed(0)
+    memo: dict[int, Any] = {}
+    for parameter in module.parameters():
+        if device == "meta":
+            values = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+        else:
+            # A matrix's rows have the length 1; a vector's entries are of that size, as a norm's are.
+            scale = 1.0 if parameter.dim() < 2 else parameter.shape[-1] ** -0.5
+            values = (torch.randn(parameter.shape[-1:], generator=generator) * scale).expand(parameter.shape)
+        memo[id(parameter)] = nn.Parameter(values, requires_grad=False)
+    for buffer in module.buffers():
+        memo[id(buffer)] = torch.zeros(buffer.shape, dtype=buffer.dtype, device=device)
+    twin = copy.deepcopy(module, memo)
+    for part in twin.modules():
+        part._forward_hooks.clear()
+        part._forward_pre_hooks.clear()
+        config = getattr(part, "config", None)
+        if config is not None and hasattr(config, "_experts_implementation"):
+            # Grouped kernels don't take weights whose rows are shared.
+            config._experts_implementation = "eager"
+    return twin
