@@ -98,6 +98,7 @@ class DeferredActivation(torch.Tensor):
         return self._real
 
     @classmethod
+    @torch.compiler.disable
     def __torch_function__(
         cls,
         func: Callable[..., Any],

@@ -156,6 +156,7 @@ class DeferredLogits(torch.Tensor):
             )
 
     @classmethod
+    @torch.compiler.disable
     def __torch_function__(
         cls,
         func: Callable[..., Any],

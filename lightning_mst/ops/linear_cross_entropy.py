@@ -48,6 +48,7 @@ class _Spec:
     grads: bool
 
 
+@torch.compiler.disable
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -115,6 +116,7 @@ def linear_cross_entropy(
     )
 
 
+@torch.compiler.disable
 def head_cross_entropy(
     hidden: Tensor,
     head: Head,

@@ -38,6 +38,7 @@ Block = Callable[..., Tensor | tuple[Tensor, ...]]
 _HOW_TO_NAME = "token_wise(..., parameters=[...])"
 
 
+@torch.compiler.disable
 def token_wise(
     module_or_fn: Block,
     x: Tensor | Sequence[Tensor],

@@ -7,14 +7,12 @@ from contextlib import AbstractContextManager, contextmanager
 
 from torch import nn
 
-from lightning_mst.rewrite.structure import linear_shape
-
 
 def eval_mode(model: nn.Module) -> AbstractContextManager[None]:
     """Runs the body with every module in evaluation mode, then gives each its own mode back.
 
-    Linear layers by themselves stay as they are: the mode means nothing to them, but for a quantized one, which may
-    pack its weight anew at the first evaluation, into a form that has no gradient.
+    Modules with quantized weights stay as they are: one may pack its weight anew at the first evaluation, into a form
+    that has no gradient.
     """
     return _mode(model, False)
 
@@ -28,7 +26,7 @@ def train_mode(model: nn.Module) -> AbstractContextManager[None]:
 def _mode(model: nn.Module, training: bool) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     for module in modes:
-        if linear_shape(module) is None or any(True for _ in module.children()):
+        if all(type(p) is nn.Parameter for p in module.parameters(recurse=False)):
             module.training = training
     try:
         yield

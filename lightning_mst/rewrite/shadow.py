@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 _KEY = "_mst"
@@ -43,6 +44,7 @@ class BoundMethod:
         """That of the method in whose place this stands: some callers count its arguments."""
         return inspect.signature(original_method(self.module, self.name))
 
+    @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the function on the module."""
         return self.function(self.module, *args, **kwargs)

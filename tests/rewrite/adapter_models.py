@@ -107,20 +107,12 @@ def work_of(model: nn.Module, loss: Callable[[], Tensor], *shapes: tuple[int, in
     return work
 
 
-class RealBytes(TensorBytes):
-    """Without tensors on the meta device, which take no memory."""
-
-    def _follow(self, storage: torch.UntypedStorage) -> None:
-        if storage.device.type != "meta":
-            super()._follow(storage)
-
-
 def step_bytes(model: nn.Module, ids: Tensor, **options: object) -> tuple[int, int]:
     """Bytes that are alive after the forward pass, and at the peak of the step, in the form that the options give."""
     handle = apply_mst(model, **options)
     hf_loss(model, ids, ids).backward()  # bitsandbytes moves its scales at the first call
     model.zero_grad(set_to_none=True)
-    with RealBytes([*model.parameters(), *model.buffers(), ids]) as memory:
+    with TensorBytes([*model.parameters(), *model.buffers(), ids]) as memory:
         loss = hf_loss(model, ids, ids)
         saved = memory.live
         loss.backward()

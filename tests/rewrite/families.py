@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 import transformers
 from torch import nn
@@ -10,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 VOCAB = 211
 MOST_PARAMETERS = 30_000_000
+Result = TypeVar("Result")
 
 # Names that mean nothing to a family are ignored by its configuration, so one set of sizes builds most of them.
 SMALL = {
@@ -26,6 +30,7 @@ SMALL = {
     "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12,
     # state space models
     "mamba_n_heads": 8, "mamba_d_head": 12, "mamba_d_state": 8, "mamba_expand": 2, "mamba_n_groups": 1,
+    "use_mamba_kernels": False,
     # encoder-decoders
     "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 112, "decoder_ffn_dim": 112, "d_model": 48,
     "encoder_attention_heads": 4, "decoder_attention_heads": 4, "ffn_dim": 112, "ffn_hidden_size": 112,
@@ -85,14 +90,11 @@ SPECIAL: dict[str, dict] = {
     "zamba2": {"num_hidden_layers": 3, "layer_types": ["mamba", "mamba", "hybrid"], "hybrid_layer_ids": [2]},
 }  # fmt: skip
 
-# Their code has no fp64 form.
-ONLY_SINGLE_PRECISION = {"inkling2_text", "xglm"}
-
 FAMILIES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 class CannotBuild(Exception):
-    """A family has no small model that predicts the next of a row of tokens, with the reason."""
+    """A family has no small model that learns to predict the next of a row of tokens, with the reason."""
 
 
 def build(family: str, **overrides: object) -> nn.Module:
@@ -115,3 +117,25 @@ def build(family: str, **overrides: object) -> nn.Module:
         raise
     except Exception as error:
         raise CannotBuild(f"{type(error).__name__}: {error}") from error
+
+
+def build_and_train(
+    family: str, step: Callable[[nn.Module], Result], *, router_losses: bool = True
+) -> tuple[nn.Module, Result]:
+    """A small model and what a training step of it gives.
+
+    In fp64, or in fp32 if the family's code has no fp64 form; without the losses over routers where a release of
+    transformers can't compute them, unless they are asked for.
+    """
+    reason: Exception | None = None
+    for dtype, losses in ((torch.float64, True), (torch.float32, True), (torch.float64, False)):
+        if not losses and router_losses:
+            break
+        model = build(family).to(dtype)
+        if not losses:
+            model.config.output_router_logits = False
+        try:
+            return model, step(model)
+        except Exception as error:
+            reason = reason or error
+    raise CannotBuild(f"it does not train as it is: {type(reason).__name__}: {reason}")

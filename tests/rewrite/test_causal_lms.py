@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from families import FAMILIES, ONLY_SINGLE_PRECISION, CannotBuild, build
+from families import FAMILIES, CannotBuild, build_and_train
 from rewrite_models import furthest, gradients
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -72,10 +72,6 @@ def describe(handle: MSTHandle) -> tuple[str, str, str, str]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_gradients_are_the_unmodified_models(family, batch):
-    try:
-        model = build(family)
-    except CannotBuild as reason:
-        pytest.skip(str(reason))
     ids, labels = batch
 
     def own_loss(model: nn.Module) -> Tensor:
@@ -85,20 +81,22 @@ def test_loss_and_gradients_are_the_unmodified_models(family, batch):
         logits = model(input_ids=ids, use_cache=False).logits
         return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
-    single = ComputesInSinglePrecision()
-    if family not in ONLY_SINGLE_PRECISION:
-        model.double()
-    with single:
-        written_by_hand(model)
-    expected = {loss: gradients(model, loss(model)) for loss in (own_loss, written_by_hand)}
+    def unmodified(model: nn.Module) -> tuple[dict, bool]:
+        with ComputesInSinglePrecision() as single:
+            written_by_hand(model)
+        return {loss: gradients(model, loss(model)) for loss in (own_loss, written_by_hand)}, single.found
 
+    try:
+        model, (expected, in_single_precision) = build_and_train(family, unmodified, router_losses=False)
+    except CannotBuild as reason:
+        pytest.skip(str(reason))
     handle = apply_mst(model, mlp_chunks=4, lm_head_chunks=4)
     with warnings.catch_warnings():
         warnings.simplefilter("error", DeferredLogitsWarning)
         # transformers casts logits to fp32 for its own loss.
         assert furthest(gradients(model, own_loss(model)), expected[own_loss]) < 1e-5
         distance = furthest(gradients(model, written_by_hand(model)), expected[written_by_hand])
-    assert distance < (1e-6 if single.found else 1e-10)
+    assert distance < (1e-6 if in_single_precision else 1e-10)
     mlp, head, checkpointing, note = describe(handle)
     RESULTS[family] = Result(mlp, head, checkpointing, "1e-10" if distance < 1e-10 else "1e-6", note)
     assert head == "yes"
