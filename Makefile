@@ -4,10 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= outputs
 
-.PHONY: train test lint format benchmark clean help
+.PHONY: train test test-oldest support-table lint format benchmark clean help
 
 help:            ## show the targets
-	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
 
 # torch goes first and alone: the pinned build decides which of its companions are needed.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -23,6 +23,20 @@ train: $(VENV)/installed  ## train a transformer on real text, then compare memo
 test: $(VENV)/installed  ## run all tests that this machine can run
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
+# The other end of the supported range: the tests of what depends on transformers and Lightning.
+$(VENV)-oldest/installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt torch
+	$(VENV)-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable . \
+		pytest pytest-timeout pytest-xdist
+	touch $@
+
+test-oldest: $(VENV)-oldest/installed  ## run the tests of the ops, the rewrite and the callback on the oldest supported releases
+	$(VENV)-oldest/bin/python -m pytest -n 2 --dist loadfile tests/ops tests/rewrite tests/test_callback.py
+
+support-table: $(VENV)/installed  ## test every family of transformers and write the README's table from the results
+	WRITE_SUPPORT_TABLE=1 $(BIN)/python -m pytest tests/rewrite/test_causal_lms.py
+
 lint: $(VENV)/installed  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -36,4 +50,4 @@ benchmark: $(VENV)/installed  ## time and bytes of the two ops against the unmod
 	$(BIN)/python -m benchmarks.run
 
 clean:           ## remove everything that the other targets made
-	rm -rf $(VENV) $(OUT) build dist
+	rm -rf $(VENV) $(VENV)-oldest $(OUT) build dist

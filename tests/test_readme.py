@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.tables import README, ROOT, markdown
+from benchmarks.tables import README, ROOT, markdown, result_file, sections
 
 TEXT = README.read_text(encoding="utf-8")
 
 
-def test_the_benchmark_tables_are_those_of_the_result_file():
-    result = json.loads((ROOT / "benchmarks" / "results" / "ops-cpu.json").read_text())
-    assert f"<!-- benchmark:ops -->\n{markdown(result)}<!-- /benchmark:ops -->" in TEXT
+@pytest.mark.parametrize("section", sections(TEXT))
+def test_the_benchmark_tables_are_those_of_the_result_files(section):
+    result = json.loads(result_file(section).read_text())
+    assert f"<!-- benchmark:{section} -->\n{markdown(result)}<!-- /benchmark:{section} -->" in TEXT
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!http)([^)#]+)\)", TEXT))))

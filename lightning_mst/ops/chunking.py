@@ -85,19 +85,21 @@ def chunk_bounds(num_tokens: int, num_chunks: int) -> list[tuple[int, int]]:
     return bounds
 
 
-def mlp_num_chunks(setting: int | str, *, num_tokens: int, hidden_size: int) -> int:
+def mlp_num_chunks(setting: int | str, *, num_tokens: int, hidden_size: int, sparsity: int = 1) -> int:
     """The number of mini-sequences for an MLP.
 
     ``"paper"`` is the rule of arXiv 2407.15892: mini-sequences of D tokens, none when there are fewer tokens.
     ``"auto"`` splits from 2 * max(D, 1024) tokens on, into chunks of at least max(D, 1024) tokens: chunking costs one
     fp32 accumulator per weight (12 * D * I bytes for a gated MLP) and saves about five half-precision intermediates
     (10 * I bytes per token), so below about two times D tokens it would cost memory, and with fewer than about 1,024
-    tokens to a matmul it would cost time.
+    tokens to a matmul it would cost time. With experts, both are ``sparsity`` times as much.
 
     Args:
         setting: M itself, ``"auto"`` or ``"paper"``.
         num_tokens: B * S.
         hidden_size: D, the block's input width.
+        sparsity: E / k of a mixture of E experts of which each token goes to k; each expert's matmuls see a share
+            k / E of a chunk's tokens, and every expert has its accumulators.
 
     Returns:
         M, at least 1 and at most one per token; 1 means that the block runs as it is.
@@ -106,7 +108,7 @@ def mlp_num_chunks(setting: int | str, *, num_tokens: int, hidden_size: int) -> 
         return resolve_num_chunks(num_tokens, num_chunks=setting, chunk_tokens=None)
     if setting == "paper":
         return max(1, -(-num_tokens // hidden_size)) if num_tokens >= hidden_size else 1
-    return max(1, num_tokens // max(hidden_size, _MLP_MIN_TOKENS))
+    return max(1, num_tokens // (max(hidden_size, _MLP_MIN_TOKENS) * sparsity))
 
 
 def lm_head_split(setting: int | str, *, hidden_size: int, vocab_size: int) -> dict[str, int]:

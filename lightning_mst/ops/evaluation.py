@@ -48,7 +48,7 @@ def _in_chunks(expression: Expression, inputs: list[Tensor], heads: Mapping[Sour
         list(map(_rows, inputs)),
         parameters=[*(p for head in heads.values() for p in head.parameters), *expression.constants()],
         keep_single_chunk=False,
-        **expression.logits()[0].source.split,  # type: ignore[arg-type]
+        **expression.logits()[0].source.split,
     )
     results = (result,) if isinstance(result, Tensor) else result
     return tuple(t.view((*lead, *t.shape[1:])) for t in results)

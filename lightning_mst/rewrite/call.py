@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -41,35 +41,41 @@ class Call:
                 f"tensors of shapes {shapes}. Name the MLPs yourself (mlp_modules=...) or set mlp_chunks=None."
             )
 
-    def num_chunks(self, setting: int | str) -> int:
-        """M for a setting."""
-        x = self._inputs[0]
-        width = x.shape[-1]
-        return mlp_num_chunks(setting, num_tokens=x.numel() // max(1, width), hidden_size=width)
+    @property
+    def x(self) -> Tensor:
+        """The first tensor, (*lead, D)."""
+        return self._inputs[0]
+
+    def num_chunks(self, setting: int | str, sparsity: int = 1) -> int:
+        """M for a setting; see ``mlp_num_chunks``."""
+        width = self.x.shape[-1]
+        num_tokens = self.x.numel() // max(1, width)
+        return mlp_num_chunks(setting, num_tokens=num_tokens, hidden_size=width, sparsity=sparsity)
 
     def run(
         self,
+        finish: Callable[[Any], Any] | None = None,
+        finish_parameters: Iterable[Tensor] = (),
+        *,
         forward: Callable[..., Any],
         num_chunks: int,
-        *,
         parts: Sequence[nn.Module],
         routers: Sequence[nn.Module] = (),
-        finish: Callable[[Tensor], Tensor] | None = None,
     ) -> Any:
         """Runs all chunks, and tells what the routers said of all tokens to those who listen.
 
         Args:
+            finish: a token-wise function of the block's result, to be run with it.
+            finish_parameters: what it uses and may need a gradient.
             forward: the block.
             num_chunks: M.
             parts: the modules that it uses.
             routers: those of them that have listeners.
-            finish: a token-wise function of the block's first result, to be run with it.
 
         Returns:
-            What the block returns for the whole.
+            What the block, or ``finish``, returns for the whole.
         """
-        x = self._inputs[0]
-        layout = _Layout(x.shape[:-1])
+        layout = _Layout(self.x.shape[:-1])
         slots, others, structure = self._slots, self._others, self._structure
 
         def piece(*tensors: Tensor) -> Any:
@@ -81,18 +87,18 @@ class Call:
                 said = stack.enter_context(overheard(routers)) if routers else []
                 result = forward(*args, **kwargs)
             if finish is not None:
-                result = (finish(result[0]), *result[1:]) if isinstance(result, tuple) else finish(result)
+                result = finish(result)
             return layout.pack([result, *said], tokens=tensors[0].shape[:-1].numel())
 
         outputs = token_wise(
             piece,
             self._inputs,
             num_chunks=num_chunks,
-            parameters=[p for part in parts for p in part.parameters()],
+            parameters=[*(p for part in parts for p in part.parameters()), *finish_parameters],
         )
         result, *said = layout.unpack(outputs)
         for router, answer in zip(routers, said, strict=True):
-            announce(router, answer, x)
+            announce(router, answer, self.x)
         return result
 
 

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
-from lightning_mst.ops.metadata import needs_no_values
-from lightning_mst.rewrite.pair import is_pair, rewrite_pair
+from lightning_mst.rewrite.joining import has_joined, rewrite_joining, rewrite_pair
+from lightning_mst.rewrite.mlp import rewrite_mlp
 from lightning_mst.rewrite.shadow import original_method
 from lightning_mst.rewrite.stand_in import stand_in
 
@@ -40,22 +38,17 @@ def follower_of(layer: nn.Module, mlp: str, outputs: int, width: int) -> str | N
         Its name, or ``None`` if there is none, or the trial can't tell.
     """
     names = [name for name, child in layer.named_children() if _may_follow(child, width)]
-    if not names or outputs > 1:
+    if not names or outputs:
         return None
 
     def trial(twin: nn.Module) -> str | None:
-        watch = _Watch()
-
-        def run_mlp(*_: Any, **__: Any) -> Any:
-            watch.value = torch.empty(1, _TOKENS, width, device="meta")
-            return (watch.value,) if outputs else watch.value
-
-        twin.get_submodule(mlp).__dict__["forward"] = run_mlp
+        # What experts compute depends on values, of which there are none here.
+        twin.set_submodule(mlp, _FirstArgument())
+        rewrite_mlp(twin.get_submodule(mlp), 2, follower=nn.Identity())
         for name in names:
-            watch.listen(name, twin.get_submodule(name))
-        with watch:
-            run_layer(twin, width)
-        return watch.only_user
+            rewrite_joining(twin.get_submodule(name), notes=True)
+        run_layer(twin, width)
+        return next((name for name in names if has_joined(twin.get_submodule(name))), None)
 
     return _first_answer(layer, trial)
 
@@ -69,10 +62,11 @@ def find_pair(layer: nn.Module, candidates: Iterable[tuple[str, str, int]]) -> t
     """
     for first, second, width in candidates:
 
-        def trial(twin: nn.Module, first: str = first, second: str = second, width: int = width) -> bool | None:
+        def trial(twin: nn.Module, first: str = first, second: str = second, width: int = width) -> bool:
             rewrite_pair(twin.get_submodule(first), twin.get_submodule(second), 2)
+            rewrite_joining(twin.get_submodule(second), notes=True)
             run_layer(twin, width)
-            return is_pair(twin.get_submodule(second)) or None
+            return has_joined(twin.get_submodule(second))
 
         if _first_answer(layer, trial):
             return first, second
@@ -109,6 +103,11 @@ def run_layer(twin: nn.Module, width: int) -> None:
     forward(torch.empty(1, _TOKENS, width, device="meta"), **missing)
 
 
+class _FirstArgument(nn.Module):
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return x
+
+
 class _SomeAttention(nn.Module):
     def __init__(self, values: int) -> None:
         super().__init__()
@@ -126,45 +125,3 @@ def _replace_attention(module: nn.Module, values: int) -> None:
             module._modules[name] = _SomeAttention(values)
         else:
             _replace_attention(child, values)
-
-
-class _Watch(TorchFunctionMode):
-    """Notes who uses one tensor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.value: Tensor | None = None
-        self._users: list[str | None] = []
-        self._inside = False
-
-    @property
-    def only_user(self) -> str | None:
-        """The name of the one module that was called with the tensor, if nobody else touched it."""
-        return self._users[0] if len(self._users) == 1 else None
-
-    def listen(self, name: str, module: nn.Module) -> None:
-        forward = module.forward
-
-        def run(x: Tensor) -> Any:
-            if x is not self.value:
-                return forward(x)
-            self._users.append(name)
-            self._inside = True
-            try:
-                return forward(x)
-            finally:
-                self._inside = False
-
-        module.__dict__["forward"] = run
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if self.value is not None and not self._inside and not needs_no_values(func):
-            self._users.extend(None for t in tree_leaves((args, kwargs)) if t is self.value)
-        return func(*args, **kwargs)

@@ -11,8 +11,8 @@ from torch import nn
 
 from lightning_mst.rewrite.checkpointing import is_transformers_layer
 from lightning_mst.rewrite.dataflow import ATTENTION, find_pair, follower_of
+from lightning_mst.rewrite.joining import rewrite_pair
 from lightning_mst.rewrite.mlp import FEED_FORWARD_METHODS, rewrite_method, rewrite_mlp
-from lightning_mst.rewrite.pair import rewrite_pair
 from lightning_mst.rewrite.probe import Verdict, probe
 from lightning_mst.rewrite.structure import (
     embedding_widths,

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_mst.rewrite.call import Call
+from lightning_mst.rewrite.joining import defer, rewrite_joining
 from lightning_mst.rewrite.routers import has_listeners, rewrite_router
 from lightning_mst.rewrite.shadow import form_of, original_forward, original_method, shadow_method
+from lightning_mst.rewrite.structure import expert_sparsity
 
 
 @dataclass
@@ -19,15 +20,9 @@ class _MLPForm:
     chunks: int | str
     # What the block uses, as far as it isn't the module itself.
     parts: list[nn.Module] = field(default_factory=list)
-    follower: nn.Module | None = None
+    is_followed: bool = False
     routers: list[nn.Module] = field(default_factory=list)
-    # The output that has been through the follower already, until the follower is called with it.
-    finished: weakref.ref[Tensor] | None = None
-
-
-@dataclass
-class _FollowerForm:
-    mlp: nn.Module
+    sparsity: int = 1
 
 
 def rewrite_mlp(
@@ -44,11 +39,11 @@ def rewrite_mlp(
         routers: the submodules that score experts, whose outputs others may record.
     """
     routers = routers or []
-    shadow_method(mlp, _mlp_forward, _MLPForm(chunks, [mlp], follower, routers))
+    shadow_method(mlp, _mlp_forward, _MLPForm(chunks, [mlp], follower is not None, routers, expert_sparsity(mlp)))
     for router in routers:
         rewrite_router(router)
     if follower is not None:
-        shadow_method(follower, _follower_forward, _FollowerForm(mlp))
+        rewrite_joining(follower)
 
 
 def rewrite_method(layer: nn.Module, name: str, chunks: int | str, parts: list[nn.Module]) -> None:
@@ -67,17 +62,12 @@ def _mlp_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     form: _MLPForm = form_of(self)
     forward = original_forward(self)
     call = Call(type(self).__name__, args, kwargs)
-    num_chunks = call.num_chunks(form.chunks)
+    num_chunks = call.num_chunks(form.chunks, form.sparsity)
     if num_chunks == 1:
         return forward(*args, **kwargs)
     routers = [router for router in form.routers if has_listeners(router)]
-    follower = form.follower
-    if follower is None:
-        return call.run(forward, num_chunks, parts=form.parts, routers=routers)
-    finish = original_forward(follower)
-    result = call.run(forward, num_chunks, parts=[*form.parts, follower], routers=routers, finish=finish)
-    form.finished = weakref.ref(result[0] if isinstance(result, tuple) else result)
-    return result
+    how: dict[str, Any] = {"forward": forward, "num_chunks": num_chunks, "parts": form.parts, "routers": routers}
+    return defer(call, call.x.shape[-1], **how) if form.is_followed else call.run(**how)
 
 
 def _run_method(name: str, self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -85,20 +75,9 @@ def _run_method(name: str, self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     method = original_method(self, name)
     call = Call(f"{type(self).__name__}.{name}", args, kwargs)
     num_chunks = call.num_chunks(form.chunks)
-    return method(*args, **kwargs) if num_chunks == 1 else call.run(method, num_chunks, parts=form.parts)
-
-
-def _follower_forward(self: nn.Module, x: Tensor) -> Tensor:
-    mlp_form: _MLPForm = form_of(form_of(self).mlp)
-    finished, mlp_form.finished = mlp_form.finished, None
-    if finished is None:
-        return original_forward(self)(x)
-    if finished() is not x:
-        raise RuntimeError(
-            f"{type(self).__name__} joined the mini-sequences of the MLP before it, but was called with something "
-            "other than that MLP's output. Name the MLPs yourself (mlp_modules=...), which joins nothing."
-        )
-    return x
+    if num_chunks == 1:
+        return method(*args, **kwargs)
+    return call.run(forward=method, num_chunks=num_chunks, parts=form.parts)
 
 
 FEED_FORWARD_METHODS = ("feed_forward_chunk", "ff_chunk", "_ff_block")

@@ -63,6 +63,14 @@ def expert_counts(module: nn.Module) -> set[int]:
     return counts
 
 
+def expert_sparsity(module: nn.Module) -> int:
+    """How many experts there are for every one that a token goes to: E / k, or 1 for a dense block."""
+    names = ("top_k", "topk", "moe_top_k", "num_experts_per_tok", "num_experts_per_token")
+    chosen = [getattr(part, name, None) for part in module.modules() for name in names]
+    per_token = max((k for k in chosen if isinstance(k, int)), default=1)
+    return max(1, max(expert_counts(module), default=1) // max(1, per_token))
+
+
 def capacity_limit(module: nn.Module) -> str | None:
     """``"name=value"`` of a limit on the tokens per expert, if a module below says that it has one."""
     for part in module.modules():

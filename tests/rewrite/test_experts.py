@@ -14,7 +14,9 @@ from rewrite_models import MatmulCounter, PlainTransformer, distance, gradients,
 from torch import Tensor, nn
 
 from lightning_mst import apply_mst
-from lightning_mst.memory.tensor_bytes import TensorBytes
+from lightning_mst.memory import TensorBytes
+from lightning_mst.ops.chunking import mlp_num_chunks
+from lightning_mst.rewrite.structure import expert_sparsity
 
 OPTIONS = {"mlp_chunks": 4, "lm_head_chunks": 4}
 
@@ -210,3 +212,13 @@ def test_a_router_that_is_asked_for_a_loss_of_ones_own_through_a_hook_trains_exa
     expected = gradients(model, z_loss())
     apply_mst(model, checkpoint_layers="none", **OPTIONS)
     assert distance(gradients(model, z_loss()), expected) < 1e-10
+
+
+def test_auto_splits_experts_where_their_matmuls_stay_large():
+    """8 experts, 2 to a token: an expert sees a quarter of a chunk's tokens."""
+    with torch.device("meta"):
+        block = transformers.MixtralForCausalLM(transformers.MixtralConfig(num_hidden_layers=2)).model.layers[0].mlp
+    assert expert_sparsity(block) == 4
+    assert mlp_num_chunks("auto", num_tokens=2**16, hidden_size=4096, sparsity=4) == 4
+    assert mlp_num_chunks("auto", num_tokens=2**14, hidden_size=4096, sparsity=4) == 1
+    assert mlp_num_chunks(7, num_tokens=2**14, hidden_size=4096, sparsity=4) == 7

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_mst.memory.tensor_bytes import TensorBytes
-from lightning_mst.ops.deferred_activation import DeferredActivation, defer_activation
+from lightning_mst.ops.deferred_output import DeferredOutput, defer_output
+from lightning_mst.ops.token_wise import token_wise
 
 
 def gelu_of_gpt(x: Tensor) -> Tensor:
@@ -37,9 +38,19 @@ def layers() -> tuple[nn.Linear, nn.Linear, Tensor]:
     return nn.Linear(8, 20).double(), nn.Linear(20, 8).double(), torch.randn(2, 7, 8, dtype=torch.float64)
 
 
+def defer(up: nn.Linear, x: Tensor, chunks: int) -> DeferredOutput:
+    def run(finish, parameters) -> Tensor:
+        return token_wise(
+            lambda part: finish(up(part)), x, num_chunks=chunks, parameters=[*up.parameters(), *parameters]
+        )
+
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    return defer_output(run, (*x.shape[:-1], up.out_features), dtype, x.device)
+
+
 def run(up: nn.Linear, activation, down: nn.Linear, x: Tensor, chunks: int) -> Tensor:
-    inner = activation(defer_activation(up, x, width=20, parameters=up.parameters(), num_chunks=chunks))
-    assert isinstance(inner, DeferredActivation)
+    inner = activation(defer(up, x, chunks))
+    assert isinstance(inner, DeferredOutput)
     assert inner.shape == (2, 7, 20)
     return inner.finish(down, down.parameters())
 
@@ -65,7 +76,7 @@ def test_value_and_gradients_are_those_of_the_three_in_a_row(name, chunks, layer
 
 def test_whoever_looks_at_the_activation_gets_the_real_one(layers):
     up, down, x = layers
-    inner = F.gelu(defer_activation(up, x, width=20, parameters=up.parameters(), num_chunks=3))
+    inner = F.gelu(defer(up, x, 3))
     real = F.gelu(up(x))
     torch.testing.assert_close(inner.sum(-1), real.sum(-1))
     torch.testing.assert_close(torch.softmax(inner, dim=1), torch.softmax(real, dim=1))
@@ -78,14 +89,14 @@ def test_whoever_looks_at_the_activation_gets_the_real_one(layers):
 
 def test_a_mix_with_another_tensor_is_not_taken_for_pointwise_work(layers):
     up, _, x = layers
-    inner = defer_activation(up, x, width=20, parameters=up.parameters(), num_chunks=3)
+    inner = defer(up, x, 3)
     mask = torch.rand(2, 7, 20, dtype=torch.float64)
     torch.testing.assert_close(inner * mask, up(x) * mask)
 
 
 def test_work_in_place_shows_in_the_tensor_itself_and_not_in_what_was_made_before(layers):
     up, _, x = layers
-    inner = defer_activation(up, x, width=20, parameters=up.parameters(), num_chunks=3)
+    inner = defer(up, x, 3)
     doubled = inner * 2
     assert F.relu(inner, inplace=True) is inner
     torch.testing.assert_close(inner.real(), F.relu(up(x)))
@@ -96,7 +107,7 @@ def test_dropout_draws_the_same_numbers_in_both_passes(layers):
     up, _, x = layers
     x = x[:1].clone().requires_grad_()
     torch.manual_seed(3)
-    inner = F.dropout(defer_activation(up, x, width=20, parameters=up.parameters(), num_chunks=4), p=0.5, training=True)
+    inner = F.dropout(defer(up, x, 4), p=0.5, training=True)
     result = inner.finish(lambda part: part, [])
     (grad,) = torch.autograd.grad(result.sum(), x)
     kept = (result != 0).to(x.dtype) * 2
@@ -107,7 +118,7 @@ def test_it_keeps_the_input_and_not_the_activation():
     up, down = nn.Linear(16, 256), nn.Linear(256, 16)
     x = torch.randn(1, 512, 16, requires_grad=True)
     with TensorBytes() as held:
-        inner = F.gelu(defer_activation(up, x, width=256, parameters=up.parameters(), num_chunks=8))
+        inner = F.gelu(defer(up, x, 8))
         result = inner.finish(down, down.parameters())
     whole = 512 * 256 * 4
     assert held.live < 0.2 * whole
@@ -118,7 +129,7 @@ def test_it_keeps_the_input_and_not_the_activation():
 def test_its_dtype_under_autocast_is_the_one_that_the_projection_gives(layers):
     up, _, x = layers
     with torch.autocast("cpu", torch.bfloat16):
-        inner = defer_activation(up.float(), x.float(), width=20, parameters=up.parameters(), num_chunks=2)
+        inner = defer(up.float(), x.float(), 2)
         assert inner.dtype == torch.bfloat16
         assert (inner.float() * 2).dtype == torch.float32
-    assert repr(inner) == "DeferredActivation(shape=(2, 7, 20), dtype=torch.bfloat16, device=cpu)"
+    assert repr(inner) == "DeferredOutput(shape=(2, 7, 20), dtype=torch.bfloat16, device=cpu)"

@@ -1,0 +1,89 @@
+"""Modules that join the block before them: the second of two projections, the norm or dropout after an MLP."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_mst.ops.context import AutocastState
+from lightning_mst.ops.deferred_output import DeferredOutput, defer_output
+from lightning_mst.rewrite.call import Call
+from lightning_mst.rewrite.shadow import form_of, original_forward, shadow_method
+from lightning_mst.rewrite.structure import linear_shape
+
+
+@dataclass
+class _FirstForm:
+    chunks: int | str
+
+
+@dataclass
+class _JoiningForm:
+    joined: DeferredOutput | None = None
+    notes: bool = False
+
+
+def rewrite_pair(first: nn.Module, second: nn.Module, chunks: int | str) -> None:
+    """Lets ``second(pointwise(first(x)))`` run over mini-sequences, wherever it is called.
+
+    Args:
+        first: the up projection, a linear layer of (..., D).
+        second: the down projection, a linear layer of (..., I).
+        chunks: M, ``"auto"`` or ``"paper"``.
+    """
+    shadow_method(first, _first_forward, _FirstForm(chunks))
+    rewrite_joining(second)
+
+
+def rewrite_joining(module: nn.Module, *, notes: bool = False) -> None:
+    """Lets a token-wise module run with the block whose deferred output it is given.
+
+    Args:
+        module: a function of one tensor (..., D).
+        notes: whether to remember what it joined, for ``has_joined``.
+    """
+    shadow_method(module, _joining_forward, _JoiningForm(notes=notes))
+
+
+def has_joined(module: nn.Module) -> bool:
+    """Whether a module that takes notes joined a block, and nobody else wanted the block's output."""
+    form: _JoiningForm = form_of(module)
+    return form.joined is not None and not form.joined.was_computed
+
+
+def defer(call: Call, width: int, **how: Any) -> DeferredOutput:
+    """What a block answers whose output something may join.
+
+    Args:
+        call: the block's arguments.
+        width: of its output.
+        **how: as for ``Call.run``, but for what joins.
+    """
+    x = call.x
+    dtype = AutocastState.now(x.device).cast(x.new_empty(0)).dtype
+    return defer_output(partial(call.run, **how), (*x.shape[:-1], width), dtype, x.device)
+
+
+def _first_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    form: _FirstForm = form_of(self)
+    forward = original_forward(self)
+    call = Call(type(self).__name__, args, kwargs)
+    num_chunks = call.num_chunks(form.chunks)
+    if num_chunks == 1:
+        return forward(*args, **kwargs)
+    shape = linear_shape(self)
+    assert shape is not None
+    return defer(call, shape[1], forward=forward, num_chunks=num_chunks, parts=[self])
+
+
+def _joining_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    forward = original_forward(self)
+    if len(args) != 1 or kwargs or not isinstance(args[0], DeferredOutput):
+        return forward(*args, **kwargs)
+    form: _JoiningForm = form_of(self)
+    if form.notes:
+        form.joined = args[0]
+    return args[0].finish(forward, self.parameters())
