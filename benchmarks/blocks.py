@@ -1,4 +1,4 @@
-"""The contestants: the unmodified block, per-chunk checkpointing, torch's own chunked head, and ours."""
+"""The contestants: the unmodified block or loss, per-chunk checkpointing, torch's own chunked head, and ours."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_mst.ops import linear_cross_entropy, token_wise
+from lightning_mst.ops import LinearHead, linear_cross_entropy, token_wise
 from lightning_mst.ops.chunking import lm_head_split, mlp_num_chunks
+from lightning_mst.ops.deferred_logits import defer_logits
 
 
 class GatedMLP(nn.Module):
@@ -48,6 +49,41 @@ def lm_heads(hidden: Tensor, weight: Tensor, labels: Tensor) -> dict[str, Callab
     if options is not None:
         steps["torch chunked"] = lambda: F.linear_cross_entropy(hidden, weight, labels, options=options())
     return steps
+
+
+def log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:
+    """As preference losses take them: logits (n, V), labels (n,)."""
+    return F.log_softmax(logits, dim=-1).gather(-1, labels.unsqueeze(-1)).mean()
+
+
+def distillation(student: Tensor, teacher: Tensor) -> Tensor:
+    """The divergence from a teacher, averaged over tokens: logits (n, V) of both."""
+    return F.kl_div(F.log_softmax(student, dim=-1), F.softmax(teacher, dim=-1), reduction="batchmean")
+
+
+def losses(
+    loss: Callable[..., Tensor], heads: list[tuple[Tensor, Tensor]], *others: Tensor
+) -> dict[str, Callable[[], Tensor]]:
+    """A loss on the logits of heads, each hidden (S, D) and weight (V, D), and on rows of others, averaged over S."""
+    hiddens, weights = zip(*heads, strict=True)
+    split = lm_head_split("auto", hidden_size=weights[0].shape[1], vocab_size=weights[0].shape[0])
+
+    def unmodified(*rows: Tensor) -> Tensor:
+        return loss(*map(F.linear, rows, weights), *rows[len(weights) :])
+
+    def checkpointed() -> Tensor:
+        parts = zip(*(rows.split(split["chunk_tokens"]) for rows in (*hiddens, *others)), strict=True)
+        means = [checkpoint(unmodified, *rows, use_reentrant=False) * len(rows[0]) for rows in parts]
+        return sum(means) / len(hiddens[0])
+
+    def ours() -> Tensor:
+        return loss(*(defer_logits(hidden, LinearHead(weight), split=split) for hidden, weight in heads), *others)
+
+    return {
+        "unmodified": lambda: unmodified(*hiddens, *others),
+        "per-chunk checkpoint": checkpointed,
+        "ours": ours,
+    }
 
 
 def mlps(x: Tensor, mlp: nn.Module, *, in_layer: bool) -> dict[str, Callable[[], Tensor]]:

@@ -1,6 +1,7 @@
-"""``python -m benchmarks.run``: time and bytes of the two ops beside the unmodified blocks and public ways to chunk.
+"""``python -m benchmarks.run [head] [mlp] [losses]``: time and bytes beside unmodified blocks and public ways to chunk.
 
-Writes ``benchmarks/results/ops-cpu.json`` and puts the tables into the README.
+The two ops, and losses that run on deferred logits. Writes ``ops-cpu.json`` and ``losses-cpu.json`` to
+``benchmarks/results`` and puts the tables into the README.
 """
 
 from __future__ import annotations
@@ -9,15 +10,18 @@ import argparse
 import datetime
 import json
 import platform
-from pathlib import Path
 
 import torch
 
 from benchmarks import blocks, measure
-from benchmarks.tables import write_readme
+from benchmarks.tables import result_file, write_readme
 
-RESULTS = Path(__file__).parent / "results" / "ops-cpu.json"
 HIDDEN, INTERMEDIATE, VOCAB = 1024, 3584, 32000
+SIZES = {
+    "ops": {"hidden": HIDDEN, "intermediate": INTERMEDIATE, "vocabulary": VOCAB},
+    "losses": {"hidden": HIDDEN, "vocabulary": VOCAB},
+}
+LONGEST_DISTILLATION = 8192  # beyond, the unmodified form takes more than 8 GB
 
 
 def contest(name: str, steps: dict[str, measure.Step], inputs: list[torch.Tensor], length: int, runs: int) -> list:
@@ -49,36 +53,58 @@ def mlp_rows(length: int, runs: int) -> list[dict]:
     return rows
 
 
+def loss_rows(length: int, runs: int) -> list[dict]:
+    hidden = torch.randn(length, HIDDEN, requires_grad=True)
+    weight = (torch.randn(VOCAB, HIDDEN) / HIDDEN**0.5).requires_grad_()
+    teacher = torch.randn(length, HIDDEN), torch.randn(VOCAB, HIDDEN) / HIDDEN**0.5
+    labels = torch.randint(0, VOCAB, (length,))
+    steps = blocks.losses(blocks.log_probabilities, [(hidden, weight)], labels)
+    rows = contest("Per-token log-probabilities", steps, [hidden, weight, labels], length, runs)
+    if length <= LONGEST_DISTILLATION:
+        steps = blocks.losses(blocks.distillation, [(hidden, weight), teacher])
+        rows += contest("Distillation", steps, [hidden, weight, *teacher], length, runs)
+    return rows
+
+
+# What can be measured, and the result file and README section that it goes to.
+MEASUREMENTS = {"head": ("ops", head_rows), "mlp": ("ops", mlp_rows), "losses": ("losses", loss_rows)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "only", nargs="*", choices=MEASUREMENTS, help="what to measure; the files keep their other rows (default: all)"
+    )
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
     parser.add_argument(
         "--runs", type=int, default=3, help="timed repetitions up to S = 4096 (beyond: 1); the median counts"
     )
-    parser.add_argument("--only", choices=["head", "mlp"], help="measure one block, and keep the file's other rows")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    rows: list[dict] = []
+    rows: dict[str, list[dict]] = {}
     for length in arguments.lengths:
-        if arguments.only != "mlp":
-            rows += head_rows(length, arguments.runs)
-        if arguments.only != "head":
-            rows += mlp_rows(length, arguments.runs)
-    if arguments.only:
-        kept = json.loads(RESULTS.read_text())["rows"]
-        rows += [row for row in kept if (row["block"] == "LM head") == (arguments.only == "mlp")]
-    rows.sort(key=lambda row: row["block"])
+        for section, measured in (MEASUREMENTS[name] for name in arguments.only or MEASUREMENTS):
+            rows.setdefault(section, []).extend(measured(length, arguments.runs))
+    for section in rows:
+        save(section, rows[section])
+
+
+def save(section: str, rows: list[dict]) -> None:
+    path = result_file(section)
+    blocks_measured = {row["block"] for row in rows}
+    kept = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = rows + [row for row in kept if row["block"] not in blocks_measured]
     result = {
         "date": datetime.date.today().isoformat(),
         "device": f"CPU, {torch.get_num_threads()} threads, {platform.machine()}",
         "torch": torch.__version__,
         "dtype": "float32",
-        "sizes": {"hidden": HIDDEN, "intermediate": INTERMEDIATE, "vocabulary": VOCAB},
-        "rows": rows,
+        "sizes": SIZES[section],
+        "rows": sorted(rows, key=lambda row: row["block"]),
     }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-    write_readme(result)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    write_readme(section, result)
 
 
 if __name__ == "__main__":

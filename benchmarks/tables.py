@@ -1,4 +1,4 @@
-"""The README's tables, made from a result file: ``python -m benchmarks.tables``."""
+"""The README's tables, made from the result files: ``python -m benchmarks.tables``."""
 
 from __future__ import annotations
 
@@ -9,15 +9,25 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-_BETWEEN = re.compile(r"(<!-- benchmark:ops -->\n).*?(<!-- /benchmark:ops -->)", re.DOTALL)
+_LETTERS = {"hidden": "D", "intermediate": "I", "vocabulary": "V"}
+
+
+def sections(readme: str) -> list[str]:
+    """The names of the README's sections that are made from result files, in ``<!-- benchmark:name -->`` markers."""
+    return re.findall(r"<!-- benchmark:(\w+) -->", readme)
+
+
+def result_file(section: str) -> Path:
+    """Where the measurements of a section are."""
+    return ROOT / "benchmarks" / "results" / f"{section}-cpu.json"
 
 
 def markdown(result: dict[str, Any]) -> str:
     """Ratios to the unmodified block, time / peak bytes beyond the inputs, one table per block."""
-    sizes = result["sizes"]
+    sizes = ", ".join(f"{_LETTERS[name]} = {size}" for name, size in result["sizes"].items())
     lines = [
         f"Measured {result['date']} on {result['device']}, torch {result['torch']}, {result['dtype']}, "
-        f"D = {sizes['hidden']}, I = {sizes['intermediate']}, V = {sizes['vocabulary']}, chunks by `auto`. "
+        f"{sizes}, chunks by `auto`. "
         "Time of forward and backward / peak bytes beyond the inputs, both as ratios to the unmodified block.",
     ]
     for block in dict.fromkeys(row["block"] for row in result["rows"]):
@@ -40,13 +50,16 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_readme(result: dict[str, Any]) -> None:
-    """Puts the tables between the README's markers."""
+def write_readme(section: str, result: dict[str, Any]) -> None:
+    """Puts the tables between the README's markers of a section."""
     text = README.read_text()
-    if not _BETWEEN.search(text):
-        raise ValueError(f"{README} has no <!-- benchmark:ops --> ... <!-- /benchmark:ops --> markers.")
-    README.write_text(_BETWEEN.sub(lambda match: match[1] + markdown(result) + match[2], text))
+    start, end = f"<!-- benchmark:{section} -->\n", f"<!-- /benchmark:{section} -->"
+    between = re.compile(f"(?<={start}).*?(?={end})", re.DOTALL)
+    if not between.search(text):
+        raise ValueError(f"{README} has no {start.strip()} ... {end} markers.")
+    README.write_text(between.sub(lambda _: markdown(result), text))
 
 
 if __name__ == "__main__":
-    write_readme(json.loads((ROOT / "benchmarks" / "results" / "ops-cpu.json").read_text()))
+    for name in sections(README.read_text()):
+        write_readme(name, json.loads(result_file(name).read_text()))

@@ -213,7 +213,13 @@ def _named(layer: str, candidate: Candidate) -> Candidate:
 def _signature(module: nn.Module) -> object:
     """Equal for modules that one trial can speak for."""
     shapes = tuple((name, tuple(p.shape), p.dtype, p.device) for name, p in module.named_parameters())
-    return type(module), repr(module), shapes
+    switches = tuple(
+        (name, key, value)
+        for name, part in module.named_modules()
+        for key, value in vars(part).items()
+        if isinstance(value, (bool, str))
+    )
+    return type(module), repr(module), shapes, switches
 
 
 def match_modules(model: nn.Module, patterns: list[str], option: str) -> dict[str, nn.Module]:

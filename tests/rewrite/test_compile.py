@@ -103,13 +103,16 @@ def test_with_the_default_compiler_the_gradients_are_the_same(batch):
         assert distance(gradients(model, hf_loss(compiled, *batch)), expected) < 1e-5
 
 
-def test_layers_that_are_compiled_one_by_one_and_checkpointed_are_exact(batch):
+@pytest.mark.parametrize("checkpoint_layers", ["all", "none"])
+def test_layers_that_are_compiled_one_by_one_are_exact(checkpoint_layers, batch):
     model = build("Llama 3", torch.float32)
     expected = gradients(model, hf_loss(model, *batch))
-    apply_mst(model, **OPTIONS)
+    apply_mst(model, checkpoint_layers=checkpoint_layers, **OPTIONS)
     for layer in model.model.layers:
         layer.compile(backend="aot_eager")
     assert distance(gradients(model, hf_loss(model, *batch)), expected) < 1e-5
+    # torch runs a checkpointed layer with a graph break as it is.
+    assert (counters["stats"]["calls_captured"] > 0) == (checkpoint_layers == "none")
 
 
 def test_the_ops_inside_a_compiled_function_are_exact():
