@@ -72,7 +72,8 @@ def _first_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     forward = original_forward(self)
     call = Call(type(self).__name__, args, kwargs)
     num_chunks = call.num_chunks(form.chunks)
-    if num_chunks == 1:
+    # A hook before it may gather weights that are gone again when the second projection is called.
+    if num_chunks == 1 or self._forward_pre_hooks:
         return forward(*args, **kwargs)
     shape = linear_shape(self)
     assert shape is not None

@@ -67,7 +67,9 @@ def _mlp_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return forward(*args, **kwargs)
     routers = [router for router in form.routers if has_listeners(router)]
     how: dict[str, Any] = {"forward": forward, "num_chunks": num_chunks, "parts": form.parts, "routers": routers}
-    return defer(call, call.x.shape[-1], **how) if form.is_followed else call.run(**how)
+    # Whoever hooks the MLP, to gather its weights or to see its output, expects its work to be done inside.
+    is_hooked = bool(self._forward_pre_hooks or self._forward_hooks)
+    return defer(call, call.x.shape[-1], **how) if form.is_followed and not is_hooked else call.run(**how)
 
 
 def _run_method(name: str, self: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rewrite_models import Attention, FeedForward, MatmulCounter, PlainTransformer, distance, gradients, plain_loss
+from families import build
+from rewrite_models import (
+    Attention,
+    FeedForward,
+    MatmulCounter,
+    PlainTransformer,
+    distance,
+    furthest,
+    gradients,
+    hf_loss,
+    plain_loss,
+)
 from torch import Tensor, nn
 
 from lightning_mst import apply_mst
@@ -112,3 +123,27 @@ def test_a_layer_that_does_otherwise_than_in_its_trial_is_exact_all_the_same(bat
     rows = apply_mst(model, **OPTIONS).rows
     assert rows[0].reason == "after joins it"
     assert distance(gradients(model, plain_loss(model, *batch)), expected) < 1e-10
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_an_mlp_with_a_hook_does_its_work_inside(register, batch):
+    """FSDP gathers a unit's weights in such hooks, and a user may look at the output in one."""
+    model = model_of(Shared, norm())
+    expected = gradients(model, plain_loss(model, *batch))
+    seen: list[type] = []
+    for block in model.blocks:
+        getattr(block.first, register)(lambda _m, *values: seen.append(type(values[-1])) or None)
+    apply_mst(model, **OPTIONS)
+    assert distance(gradients(model, plain_loss(model, *batch)), expected) < 1e-10
+    assert set(seen) == {Tensor if register == "register_forward_hook" else tuple}
+
+
+def test_two_projections_of_which_the_first_has_a_hook_before_it_are_exact(batch):
+    model = build("opt").double()
+    expected = gradients(model, hf_loss(model, *batch))
+    calls: list[nn.Module] = []
+    for layer in model.model.decoder.layers:
+        layer.fc1.register_forward_pre_hook(lambda module, _: calls.append(module))
+    apply_mst(model, **OPTIONS)
+    assert furthest(gradients(model, hf_loss(model, *batch)), expected) < 1e-6
+    assert calls
