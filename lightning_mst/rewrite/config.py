@@ -22,7 +22,7 @@ class MSTConfig:
             (leave the model's own setting as it is), a whole number n for every n-th layer, or a list of layer indices.
         mlp_modules: name patterns (``"*.mlp"``, as in ``fnmatch``) that say which modules are MLPs, instead of
             discovery.
-        lm_head_module: a name pattern that says which module is the LM head, instead of discovery.
+        lm_head_module: a name pattern that says which modules are LM heads, instead of discovery.
 
     Raises:
         ValueError: for a value that is none of these.

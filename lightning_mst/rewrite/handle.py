@@ -96,7 +96,7 @@ class MSTHandle:
             table.add_column(column, overflow="fold")
         for (block, name, module, form, reason), count in _grouped(self.rows).items():
             names = f"{count} x {name}" if count > 1 else name or "-"
-            what = f"{form}: {reason}" if form == _LEFT else f"{form} {reason}".strip()
+            what = f"{form}: {reason}" if reason else form
             table.add_row(block, names, module, what, style="yellow" if form == _LEFT else None)
         return table
 
@@ -272,8 +272,8 @@ def apply_mst(model: nn.Module, config: MSTConfig | None = None, **options: Any)
 
     Raises:
         TypeError: for an unknown option, or a ``model`` that is no ``nn.Module``.
-        ValueError: for a wrong value, a pattern that matches nothing, mixture-of-experts blocks, or a model in which
-            there is nothing to rewrite. The model is then unchanged.
+        ValueError: for a wrong value, a pattern that matches nothing, experts that take a limited number of tokens,
+            or a model in which there is nothing to rewrite. The model is then unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"apply_mst needs an nn.Module; got {type(model).__name__}.")
