@@ -17,7 +17,7 @@ So the loss may live anywhere (in the model, in a training step, in a trainer) a
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from lightning_mst.ops import deferred_functions, deferred_reductions, deferred_shapes, deferred_stack  # noqa: F401
 from lightning_mst.ops.context import AutocastState, first_order_only
 from lightning_mst.ops.deferred_table import answer
+from lightning_mst.ops.deferred_tensor import DeferredTensor, input_first, without_values
 from lightning_mst.ops.evaluation import at_once
 from lightning_mst.ops.expression import Expression, Logits, Request, Run, Source
 from lightning_mst.ops.heads import Head
@@ -56,7 +57,7 @@ class _Meta:
     requires_grad: bool
 
 
-class DeferredLogits(torch.Tensor):
+class DeferredLogits(DeferredTensor):
     """Logits that are not computed until something needs them. Made by ``defer_logits``."""
 
     _expression: Expression  # of inputs (*lead, d)
@@ -156,22 +157,12 @@ class DeferredLogits(torch.Tensor):
             )
 
     @classmethod
-    @torch.compiler.disable
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def respond(cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answers a torch function without computing logits where that is possible."""
-        kwargs = dict(kwargs or {})
-        if not args and "input" in kwargs:
-            args = (kwargs.pop("input"),)
+        args = input_first(args, kwargs)
         if not any(isinstance(t, DeferredLogits) and t._is_real() for t in tree_leaves((args, kwargs))):
             if args and isinstance(args[0], DeferredLogits) and needs_no_values(func):
-                with torch._C.DisableTorchFunctionSubclass():
-                    return func(*args, **kwargs)
+                return without_values(func, args, kwargs)
             result = answer(func, args, kwargs)
             if result is not NotImplemented:
                 return result
@@ -182,22 +173,6 @@ class DeferredLogits(torch.Tensor):
         if self._real is not None and _version(self._real) != self._real_version:
             self._real_only = True
         return self._real_only
-
-    @classmethod
-    def __torch_dispatch__(
-        cls,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Answers code that comes from below Python, such as autograd's own, with the real logits."""
-        args, kwargs = tree_map_only(DeferredLogits, lambda t: t.real(), (args, kwargs or {}))
-        return func(*args, **kwargs)
-
-    def __repr__(self, **_: Any) -> str:
-        """Shape and dtype; printing the values would compute them."""
-        return f"DeferredLogits(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
 
 def defer_logits(hidden: Tensor, head: Head, *, split: Mapping[str, int], run: Run | None = None) -> DeferredLogits:

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from lightning_mst.ops.deferred_table import both
+from lightning_mst.ops.deferred_tensor import DeferredTensor, without_values
 from lightning_mst.ops.metadata import needs_no_values
 
 Finish = Callable[[Tensor], Tensor]
@@ -48,7 +50,7 @@ class _Step:
 _OUTPUT = object()
 
 
-class DeferredOutput(torch.Tensor):
+class DeferredOutput(DeferredTensor):
     """A block's output, or a pointwise function of it, computed when ``finish`` or somebody else needs it."""
 
     _run: Run
@@ -89,19 +91,10 @@ class DeferredOutput(torch.Tensor):
         return self._real
 
     @classmethod
-    @torch.compiler.disable
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def respond(cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Writes pointwise work down; anything else gets the real output."""
-        kwargs = dict(kwargs or {})
         if needs_no_values(func):
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
+            return without_values(func, args, kwargs)
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         subject = next(t for t in tensors if isinstance(t, DeferredOutput))
         if func in _POINTWISE and all(_is_of_same_block(t, subject) for t in tensors):
@@ -124,22 +117,6 @@ class DeferredOutput(torch.Tensor):
             dtype = func(*like_args, **like_kwargs).dtype
         return DeferredOutput(self._run, step, shape, dtype, device)
 
-    @classmethod
-    def __torch_dispatch__(
-        cls,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Answers code from below Python with the real output."""
-        args, kwargs = tree_map_only(DeferredOutput, lambda t: t.real(), (args, kwargs or {}))
-        return func(*args, **kwargs)
-
-    def __repr__(self, **_: Any) -> str:
-        """Shape and dtype; printing the values would compute them."""
-        return f"DeferredOutput(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
-
 
 def defer_output(run: Run, shape: Iterable[int], dtype: torch.dtype, device: Any) -> DeferredOutput:
     """The output of a block, to be computed when and as far as something needs it.
@@ -160,15 +137,14 @@ def _is_of_same_block(tensor: Tensor, subject: DeferredOutput) -> bool:
     return tensor.dim() == 0 and not tensor.requires_grad
 
 
-_NAMES = (
-    "abs", "add", "clamp", "clamp_max", "clamp_min", "div", "erf", "exp", "mul", "multiply", "neg", "pow", "relu",
-    "rsub", "sigmoid", "sqrt", "square", "sub", "tanh", "true_divide",
-    "__add__", "__mul__", "__neg__", "__pow__", "__radd__", "__rmul__", "__rsub__", "__rtruediv__", "__sub__",
-    "__truediv__", "to", "type_as", "float", "double", "half", "bfloat16", "contiguous",
-)  # fmt: skip
-_POINTWISE = {
-    getattr(owner, name) for name in _NAMES for owner in (torch, torch.Tensor) if hasattr(owner, name)
-} | {
+_POINTWISE = set(
+    both(
+        "abs", "add", "clamp", "clamp_max", "clamp_min", "div", "erf", "exp", "mul", "multiply", "neg", "pow", "relu",
+        "rsub", "sigmoid", "sqrt", "square", "sub", "tanh", "true_divide",
+        "__add__", "__mul__", "__neg__", "__pow__", "__radd__", "__rmul__", "__rsub__", "__rtruediv__", "__sub__",
+        "__truediv__", "to", "type_as", "float", "double", "half", "bfloat16", "contiguous",
+    )
+) | {
     getattr(F, name)
     for name in (
         "celu", "dropout", "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "logsigmoid", "mish",

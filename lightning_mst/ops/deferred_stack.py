@@ -6,7 +6,7 @@ else gets a real stack.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,12 +15,13 @@ from torch.utils._pytree import tree_map_only
 
 from lightning_mst.ops.deferred_functions import recorded
 from lightning_mst.ops.deferred_table import both, handles, is_deferred
+from lightning_mst.ops.deferred_tensor import DeferredTensor, input_first, without_values
 from lightning_mst.ops.metadata import needs_no_values
 
 _REDUCTIONS = {func: func.__name__ for func in both("amax", "amin", "logsumexp", "mean", "sum")}
 
 
-class DeferredStack(torch.Tensor):
+class DeferredStack(DeferredTensor):
     """``torch.stack`` of deferred logits. Made by that function."""
 
     _parts: tuple[Any, ...]
@@ -47,22 +48,13 @@ class DeferredStack(torch.Tensor):
         return self._real
 
     @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def respond(cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answers a reduction of the new dimension without values; needs the real stack for any other."""
-        kwargs = dict(kwargs or {})
-        if not args and "input" in kwargs:
-            args = (kwargs.pop("input"),)
+        args = input_first(args, kwargs)
         stack = args[0] if args else None
         if isinstance(stack, DeferredStack) and stack._real is None:
             if needs_no_values(func):
-                with torch._C.DisableTorchFunctionSubclass():
-                    return func(*args, **kwargs)
+                return without_values(func, args, kwargs)
             if func in _REDUCTIONS and (args[1:], kwargs) in (((0,), {}), ((), {"dim": 0})):
                 plain = getattr(torch, _REDUCTIONS[func])
                 result = recorded(lambda *rows: plain(torch.stack(rows), 0), stack._parts, {})
@@ -70,22 +62,6 @@ class DeferredStack(torch.Tensor):
                     return result
         args, kwargs = tree_map_only(DeferredStack, lambda t: t.real(), (args, kwargs))
         return func(*args, **kwargs)
-
-    @classmethod
-    def __torch_dispatch__(
-        cls,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Answers code that comes from below Python with the real stack."""
-        args, kwargs = tree_map_only(DeferredStack, lambda t: t.real(), (args, kwargs or {}))
-        return func(*args, **kwargs)
-
-    def __repr__(self, **_: Any) -> str:
-        """Shape and dtype; printing the values would compute them."""
-        return f"DeferredStack(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
 
 @handles(torch.stack, any_place=True)

@@ -115,10 +115,9 @@ class _Search:
 
     def _below(self, layer: nn.Module, name: str, module: nn.Module) -> tuple[list[Candidate], list[Candidate]]:
         """The outermost token-wise blocks at or below a module, and what was tried in vain."""
-        counts = expert_counts(module)
-        if linear_shape(module) is not None or not (counts or mirrored_widths(module)):
+        if linear_shape(module) is not None or not (expert_counts(module) or mirrored_widths(module)):
             return [], []
-        reason = "is a list of modules"
+        reason: str | None = None
         if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
             verdict = self._verdict(module)
             if verdict.reason is None:
@@ -132,7 +131,8 @@ class _Search:
             more, left = self._below(layer, f"{name}.{key}", child)
             found += more
             refused += left
-        if not found and not _goes_without_saying(name, module):
+        # That attention stays as it is goes without saying.
+        if not found and reason is not None and not ATTENTION.search(f"{name} {type(module).__name__}"):
             refused = [Candidate(name, type(module).__name__, None, reason)]
         return found, refused
 
@@ -197,13 +197,6 @@ class _Search:
             return Candidate(name, type(module).__name__, None, verdict.reason)
         routers = [module.get_submodule(router) for router in verdict.routers]
         return Candidate(name, type(module).__name__, lambda chunks: rewrite_mlp(module, chunks, routers=routers))
-
-
-def _goes_without_saying(name: str, module: nn.Module) -> bool:
-    """Whether nobody would expect a module in mini-sequence form."""
-    return isinstance(module, (nn.ModuleList, nn.ModuleDict)) or bool(
-        ATTENTION.search(f"{name} {type(module).__name__}")
-    )
 
 
 def _named(layer: str, candidate: Candidate) -> Candidate:

@@ -14,6 +14,7 @@ from lightning_mst.ops.context import AutocastState, RNGState, drop_autocast_cop
 from lightning_mst.ops.deferred_logits import Request, defer_logits
 from lightning_mst.ops.heads import Head, LinearHead, ModuleHead
 from lightning_mst.rewrite.shadow import form_of, original_forward, shadow_method
+from lightning_mst.rewrite.stand_in import is_sharded
 
 
 @dataclass
@@ -86,8 +87,4 @@ def _head(module: nn.Module, hidden: Tensor) -> Head:
 
 def _is_wrapped(weight: Tensor) -> bool:
     """Whether a weight has arithmetic of its own, as quantized ones have; not so a sharded one."""
-    if not is_traceable_wrapper_subclass(weight) or not torch.distributed.is_available():
-        return is_traceable_wrapper_subclass(weight)
-    from torch.distributed.tensor import DTensor
-
-    return not isinstance(weight, DTensor)
+    return is_traceable_wrapper_subclass(weight) and not is_sharded(weight)

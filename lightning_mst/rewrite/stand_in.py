@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 def is_out_of_reach(module: nn.Module) -> bool:
     """Whether a module's weights hold no values here: on the meta device, or sharded over ranks."""
-    return any(p.is_meta or _is_sharded(p) for p in module.parameters())
+    return any(p.is_meta or is_sharded(p) for p in module.parameters())
 
 
-def _is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a rank holds a part of a tensor only."""
     if not torch.distributed.is_available():
         return False
     from torch.distributed.tensor import DTensor

@@ -17,7 +17,7 @@ from lightning_mst.ops import linear_cross_entropy, token_wise
 from lightning_mst.ops.deferred_logits import DeferredLogits
 
 OPTIONS = {"mlp_chunks": 4, "lm_head_chunks": 4}
-OURS = ("BoundMethod", "DeferredLogits", "DeferredActivation")
+OURS = ("BoundMethod", "DeferredLogits", "DeferredTensor")
 
 
 @pytest.fixture(autouse=True)
