@@ -3,15 +3,19 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lightning_mst.registration import register_strategies
+
 if TYPE_CHECKING:
     from lightning_mst.callback import MSTCallback
+    from lightning_mst.optimizer_in_backward import OptimizerInBackward
     from lightning_mst.rewrite import MSTConfig, MSTHandle, apply_mst
 
 __version__ = "0.1.0"
-__all__ = ["MSTCallback", "MSTConfig", "MSTHandle", "__version__", "apply_mst"]
+__all__ = ["MSTCallback", "MSTConfig", "MSTHandle", "OptimizerInBackward", "__version__", "apply_mst"]
 
 _HOMES = {
     "MSTCallback": "lightning_mst.callback",
+    "OptimizerInBackward": "lightning_mst.optimizer_in_backward",
     "MSTConfig": "lightning_mst.rewrite",
     "MSTHandle": "lightning_mst.rewrite",
     "apply_mst": "lightning_mst.rewrite",
@@ -23,3 +27,6 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
+
+
+register_strategies()

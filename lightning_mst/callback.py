@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import fields
 from typing import Any, Literal
 
 import torch
@@ -13,14 +14,21 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
-from torchmetrics import Metric
+from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_mst.checks import check_model, check_trainer
 from lightning_mst.memory.peak import PeakMemory
 from lightning_mst.ops.chunking import Chunks
+from lightning_mst.optimizer_in_backward import OptimizerInBackward
+from lightning_mst.out_of_memory import RetryOutOfMemory, explain, is_out_of_memory
+from lightning_mst.ranks import agree_on_stretch, check_same_settings, lengths_may_differ
 from lightning_mst.rewrite.config import MSTConfig
 from lightning_mst.rewrite.handle import MSTHandle, apply_mst
 from lightning_mst.rewrite.verify import verify
+from lightning_mst.side_effects import without_side_effects
+from lightning_mst.token_weights import TokenWeights, count_labels
+from lightning_mst.wrapping import wrapped
 
 _HALF_PRECISION = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
@@ -28,8 +36,8 @@ _HALF_PRECISION = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 class MSTCallback(Callback):
     """Runs a LightningModule's MLPs and LM head over mini-sequences, in fit, validate, test and predict.
 
-    The rewrite happens after ``configure_model``, so lazily built models are covered, and is taken back at the end and
-    after an exception. With everything switched off (``mlp_chunks=None, lm_head_chunks=None,
+    The rewrite happens after ``configure_model``, so lazily built and sharded models are covered, and is taken back at
+    the end and after an exception. With everything switched off (``mlp_chunks=None, lm_head_chunks=None,
     checkpoint_layers="none"``) the callback only logs memory, as for a baseline.
 
     Args:
@@ -42,10 +50,15 @@ class MSTCallback(Callback):
             bar: the allocator's peak on an accelerator, the process's peak resident size on a CPU.
         verify: before the first training step, compute one batch's loss and gradients with and without mini-sequences
             and stop if they differ. One step of the unmodified model must fit in memory.
+        token_weighted: weight losses so that a step over several ranks and accumulated batches is that of one big
+            batch. ``True`` counts ``batch["labels"]``; a function of the batch counts what the loss is the mean of.
+        on_oom: when memory runs out: ``"raise"`` an error that says where and what to try next, or ``"retry"`` the step
+            with twice as many mini-sequences (on one device and under DDP, where gradients are then reduced after the
+            backward pass).
 
     Raises:
         ValueError: at once, for a wrong value; at setup, if there is nothing to rewrite.
-        MisconfigurationException: at setup, if ``verify`` is asked for where it can't be done.
+        MisconfigurationException: at setup, for what does not go together.
         VerificationError: before the first step, if ``verify`` finds a difference.
 
     Attributes:
@@ -64,41 +77,84 @@ class MSTCallback(Callback):
         lm_head_module: str | None = None,
         log_memory: bool = True,
         verify: bool = False,
+        token_weighted: bool | Callable[[Any], Tensor | int] = False,
+        on_oom: Literal["raise", "retry"] = "raise",
     ) -> None:
+        if on_oom not in ("raise", "retry"):
+            raise ValueError(f"on_oom={on_oom!r} is not a choice. Expected 'raise' or 'retry'.")
         self.config = MSTConfig(mlp_chunks, lm_head_chunks, checkpoint_layers, mlp_modules, lm_head_module)
         self.log_memory = log_memory
         self.verify = verify
+        self.token_weighted = token_weighted
+        self.on_oom = on_oom
         self.handle: MSTHandle | None = None
         self._memory: PeakMemory | None = None
         self._printed = False
         self._first_batch = True
+        self._helpers: list[Callback] = []
+        self._undo: ExitStack | None = None
+
+    @classmethod
+    def of_config(cls, config: MSTConfig) -> MSTCallback:
+        """A callback with these settings and otherwise the defaults."""
+        return cls(**{field.name: getattr(config, field.name) for field in fields(config)})
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        check_trainer(trainer, self.config)
         if self.verify and stage == "fit":
             _check_can_verify(trainer, pl_module)
+        check_same_settings(self.config)
         self._first_batch = True
+        self._helpers = self._make_helpers(trainer)
+        for helper in self._helpers:
+            helper.setup(trainer, pl_module, stage)
 
-        # Lightning calls configure_model next, which may only now build the model.
-        def configure_model() -> None:
-            _forget_configure_model(pl_module)
-            pl_module.configure_model()
+        # Called after configure_model, which may only now build or shard the model.
+        def rewrite_first(strategy_setup: Callable[[Trainer], None], trainer: Trainer) -> None:
             self._apply(trainer, pl_module)
+            strategy_setup(trainer)
 
-        pl_module.__dict__[_SHADOWED] = pl_module.__dict__.get("configure_model")
-        pl_module.__dict__["configure_model"] = configure_model
+        self._undo = ExitStack()
+        self._undo.enter_context(wrapped(trainer.strategy, "setup", rewrite_first))
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for optimizer in trainer.strategy.optimizers:
+            if isinstance(optimizer, OptimizerInBackward):
+                optimizer.connect(trainer)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for helper in self._helpers:
+            helper.on_train_start(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for helper in reversed(self._helpers):
+            helper.on_train_end(trainer, pl_module)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._undo(pl_module)
+        for helper in reversed(self._helpers):
+            helper.teardown(trainer, pl_module, stage)
+        self._end()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         # Lightning calls no teardown then.
-        self._undo(pl_module)
+        if self.handle is not None and is_out_of_memory(exception):
+            exception.args = (f"{exception}\n{explain(exception, self.handle)}",)
+        for helper in reversed(self._helpers):
+            helper.on_exception(trainer, pl_module, exception)
+        self._end()
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self.handle is not None and lengths_may_differ(trainer.strategy, self.config):
+            self.handle.pace.stretch = agree_on_stretch(trainer.strategy, batch)
+        for helper in self._helpers:
+            helper.on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self._first_batch:
             self._first_batch = False
             self._warn_if_eval_mode(pl_module)
@@ -110,27 +166,46 @@ class MSTCallback(Callback):
             self._memory.reset()
 
     @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        for helper in self._helpers:
+            helper.on_before_optimizer_step(trainer, pl_module, optimizer)
+
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if self.handle is not None:
+            self.handle.pace.stretch = 1.0
         if self._memory is None:
             return
         peak = self._memory.read()
         if peak is not None:
             self.log("peak_memory_gib", peak / 2**30, prog_bar=True, on_step=True, reduce_fx="max", sync_dist=True)
 
+    def _make_helpers(self, trainer: Trainer) -> list[Callback]:
+        helpers: list[Callback] = []
+        # The model's own count goes first: a loss is weighted once.
+        weights = next((callback for callback in trainer.callbacks if isinstance(callback, TokenWeights)), None)
+        if weights is None and self.token_weighted:
+            weights = TokenWeights(count_labels if self.token_weighted is True else self.token_weighted)
+            helpers.append(weights)
+        if self.on_oom == "retry":
+            helpers.append(RetryOutOfMemory(self, weights))
+        return helpers
+
     def _apply(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_model(pl_module, self.config)
         self.handle = apply_mst(pl_module, self.config)
         if not self._printed and trainer.is_global_zero and not self.config.asks_for_nothing:
             self.handle.print()
         self._printed = True
 
-    def _undo(self, pl_module: LightningModule) -> None:
-        if _SHADOWED in pl_module.__dict__:
-            _forget_configure_model(pl_module)
+    def _end(self) -> None:
+        if self._undo is not None:
+            self._undo.close()
         if self.handle is not None:
             self.handle.remove()
-        self.handle, self._memory = None, None
+        self.handle, self._memory, self._undo, self._helpers = None, None, None, []
 
     def _start_measuring(self, trainer: Trainer) -> PeakMemory:
         memory = PeakMemory(trainer.strategy.root_device)
@@ -170,7 +245,7 @@ class MSTCallback(Callback):
                 )
             return loss
 
-        with _without_side_effects(pl_module):
+        with without_side_effects(pl_module):
             result = verify(self.handle, compute_loss, dtype=_HALF_PRECISION.get(trainer.precision))
         rank_zero_info(
             f"MSTCallback verified the first batch: the loss differs by {result.loss_difference:.2g} from the "
@@ -178,17 +253,6 @@ class MSTCallback(Callback):
             f"({result.worst_parameter})"
             + (", in evaluation mode because the model uses dropout." if result.in_eval_mode else ".")
         )
-
-
-_SHADOWED = "_mst_configure_model"
-
-
-def _forget_configure_model(pl_module: LightningModule) -> None:
-    previous = pl_module.__dict__.pop(_SHADOWED)
-    if previous is None:
-        del pl_module.__dict__["configure_model"]
-    else:
-        pl_module.__dict__["configure_model"] = previous
 
 
 def _check_can_verify(trainer: Trainer, pl_module: LightningModule) -> None:
@@ -202,28 +266,3 @@ def _check_can_verify(trainer: Trainer, pl_module: LightningModule) -> None:
             "verify=True runs training_step twice more, which manual optimization turns into two more steps. Set "
             "verify=False."
         )
-
-
-@contextmanager
-def _without_side_effects(pl_module: LightningModule) -> Iterator[None]:
-    """Runs the body so that it leaves no logged values, metric states or changed buffers behind."""
-    metrics = [m for m in pl_module.modules() if isinstance(m, Metric)]
-    states = [m._copy_state_dict() for m in metrics]
-    counts = [(m._update_count, m._computed) for m in metrics]
-    buffers = [(b, b.detach().clone()) for b in pl_module.buffers()]
-    silent = {"log": lambda *_, **__: None, "log_dict": lambda *_, **__: None}
-    shadowed = {name: pl_module.__dict__[name] for name in silent if name in pl_module.__dict__}
-    pl_module.__dict__.update(silent)
-    try:
-        yield
-    finally:
-        for name in silent:
-            del pl_module.__dict__[name]
-        pl_module.__dict__.update(shadowed)
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
-        for metric, state, (count, computed) in zip(metrics, states, counts, strict=True):
-            for name, value in state.items():
-                setattr(metric, name, value)
-            metric._update_count, metric._computed = count, computed

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_mst.ops.chunking import mlp_num_chunks
 from lightning_mst.ops.token_wise import token_wise
+from lightning_mst.rewrite.pace import Pace
 from lightning_mst.rewrite.routers import announce, overheard
 
 
@@ -46,11 +47,11 @@ class Call:
         """The first tensor, (*lead, D)."""
         return self._inputs[0]
 
-    def num_chunks(self, setting: int | str, sparsity: int = 1) -> int:
+    def num_chunks(self, setting: int | str, pace: Pace, sparsity: int = 1) -> int:
         """M for a setting; see ``mlp_num_chunks``."""
         width = self.x.shape[-1]
-        num_tokens = self.x.numel() // max(1, width)
-        return mlp_num_chunks(setting, num_tokens=num_tokens, hidden_size=width, sparsity=sparsity)
+        num_tokens = pace.stretched(self.x.numel() // max(1, width))
+        return pace.factor * mlp_num_chunks(setting, num_tokens=num_tokens, hidden_size=width, sparsity=sparsity)
 
     def run(
         self,

@@ -22,7 +22,8 @@ from lightning_mst.rewrite.checkpointing import (
 from lightning_mst.rewrite.config import MSTConfig
 from lightning_mst.rewrite.discovery import Candidate, find_layers, find_mlps, match_mlps
 from lightning_mst.rewrite.heads import find_lm_heads, match_lm_heads
-from lightning_mst.rewrite.shadow import lifted, restore, shadowed
+from lightning_mst.rewrite.pace import Pace
+from lightning_mst.rewrite.shadow import forms, lifted, restore, shadowed
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,16 @@ class MSTHandle:
         model: the model.
         config: the settings in force; ``None`` after ``remove``.
         rows: a ``Row`` for every module that was rewritten or considered.
+        layers: the model's repeated layers, in order.
+        pace: what the number of mini-sequences is adapted to while the model trains.
     """
 
     def __init__(self, model: nn.Module, config: MSTConfig) -> None:
         self.model = model
         self.config: MSTConfig | None = None
         self.rows: list[Row] = []
+        self.layers: list[nn.Module] = []
+        self.pace = Pace()
         self._apply(config)
 
     def update(self, config: MSTConfig | None = None, **options: Any) -> MSTHandle:
@@ -86,7 +91,7 @@ class MSTHandle:
     def remove(self) -> None:
         """Gives back the model as it was before ``apply_mst``."""
         self._restore()
-        self.config, self.rows = None, []
+        self.config, self.rows, self.layers = None, [], []
 
     def table(self) -> Table:
         """What was rewritten, what was not and why; equal modules of several layers share a line."""
@@ -121,7 +126,10 @@ class MSTHandle:
             plan = _Plan(self.model, config)
         self._restore()
         plan.carry_out()
-        self.config, self.rows = config, plan.rows
+        for form in forms(self.model):
+            if hasattr(form, "pace"):
+                form.pace = self.pace
+        self.config, self.rows, self.layers = config, plan.rows, plan.layers
 
 
 class _Plan:
@@ -140,6 +148,7 @@ class _Plan:
             if (reason := why_not_checkpointed(model, layer)) is not None
         }
         self._chosen = choose_layers(config.checkpoint_layers, len(self._layers)) - self._unfit.keys()
+        self.layers = [layer for _, layer in self._layers]
         self._describe_layers()
         wanted = config.mlp_chunks is not None or config.lm_head_chunks is not None
         if wanted and not self._mlps and not self._heads:

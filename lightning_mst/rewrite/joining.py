@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_mst.ops.context import AutocastState
 from lightning_mst.ops.deferred_output import DeferredOutput, defer_output
 from lightning_mst.rewrite.call import Call
+from lightning_mst.rewrite.pace import Pace
 from lightning_mst.rewrite.shadow import form_of, original_forward, shadow_method
 from lightning_mst.rewrite.structure import linear_shape
 
@@ -18,6 +19,7 @@ from lightning_mst.rewrite.structure import linear_shape
 @dataclass
 class _FirstForm:
     chunks: int | str
+    pace: Pace = field(default_factory=Pace)
 
 
 @dataclass
@@ -71,7 +73,7 @@ def _first_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     form: _FirstForm = form_of(self)
     forward = original_forward(self)
     call = Call(type(self).__name__, args, kwargs)
-    num_chunks = call.num_chunks(form.chunks)
+    num_chunks = call.num_chunks(form.chunks, form.pace)
     # A hook before it may gather weights that are gone again when the second projection is called.
     if num_chunks == 1 or self._forward_pre_hooks:
         return forward(*args, **kwargs)

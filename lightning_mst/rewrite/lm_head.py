@@ -13,6 +13,7 @@ from lightning_mst.ops.chunking import few_logits, lm_head_split
 from lightning_mst.ops.context import AutocastState, RNGState, drop_autocast_copies
 from lightning_mst.ops.deferred_logits import Request, defer_logits
 from lightning_mst.ops.heads import Head, LinearHead, ModuleHead
+from lightning_mst.rewrite.pace import Pace
 from lightning_mst.rewrite.shadow import form_of, original_forward, shadow_method
 from lightning_mst.rewrite.stand_in import is_sharded
 
@@ -20,6 +21,7 @@ from lightning_mst.rewrite.stand_in import is_sharded
 @dataclass
 class _LMHeadForm:
     chunks: int | str
+    pace: Pace = field(default_factory=Pace)
     # V and the logits' dtype of a head that is not linear, by all that may change them.
     probed: dict[Any, tuple[int, torch.dtype]] = field(default_factory=dict)
 
@@ -59,14 +61,14 @@ def _lm_head_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return original_forward(self)(hidden)
     form: _LMHeadForm = form_of(self)
     head, hidden_size = _head(self, hidden), hidden.shape[-1]
-    if few_logits(
+    if form.pace.factor == 1 and few_logits(
         form.chunks,
         num_tokens=hidden.numel() // max(1, hidden_size),
         vocab_size=head.vocab_size,
         element_size=hidden.element_size(),
     ):
         return original_forward(self)(hidden)
-    split = lm_head_split(form.chunks, hidden_size=hidden_size, vocab_size=head.vocab_size)
+    split = form.pace.split(lm_head_split(form.chunks, hidden_size=hidden_size, vocab_size=head.vocab_size))
     return defer_logits(hidden, head, split=split, run=_Ask(self))
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_mst.rewrite.call import Call
 from lightning_mst.rewrite.joining import defer, rewrite_joining
+from lightning_mst.rewrite.pace import Pace
 from lightning_mst.rewrite.routers import has_listeners, rewrite_router
 from lightning_mst.rewrite.shadow import form_of, original_forward, original_method, shadow_method
 from lightning_mst.rewrite.structure import expert_sparsity
@@ -23,6 +24,7 @@ class _MLPForm:
     is_followed: bool = False
     routers: list[nn.Module] = field(default_factory=list)
     sparsity: int = 1
+    pace: Pace = field(default_factory=Pace)
 
 
 def rewrite_mlp(
@@ -62,7 +64,7 @@ def _mlp_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     form: _MLPForm = form_of(self)
     forward = original_forward(self)
     call = Call(type(self).__name__, args, kwargs)
-    num_chunks = call.num_chunks(form.chunks, form.sparsity)
+    num_chunks = call.num_chunks(form.chunks, form.pace, form.sparsity)
     if num_chunks == 1:
         return forward(*args, **kwargs)
     routers = [router for router in form.routers if has_listeners(router)]
@@ -76,7 +78,7 @@ def _run_method(name: str, self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     form: _MLPForm = form_of(self, name)
     method = original_method(self, name)
     call = Call(f"{type(self).__name__}.{name}", args, kwargs)
-    num_chunks = call.num_chunks(form.chunks)
+    num_chunks = call.num_chunks(form.chunks, form.pace)
     if num_chunks == 1:
         return method(*args, **kwargs)
     return call.run(forward=method, num_chunks=num_chunks, parts=form.parts)

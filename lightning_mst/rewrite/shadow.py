@@ -86,6 +86,12 @@ def form_of(module: nn.Module, name: str = "forward") -> Any:
     return module.__dict__[_KEY].forms[name]
 
 
+def forms(model: nn.Module) -> Iterator[Any]:
+    """The settings of every shadowed method in ``model``."""
+    for module in shadowed(model):
+        yield from module.__dict__[_KEY].forms.values()
+
+
 def original_value(module: nn.Module, name: str) -> Any:
     """An attribute's value without the shadow; for methods see ``original_forward``."""
     state: _State = module.__dict__.get(_KEY, _State())

@@ -1,0 +1,86 @@
+"""What the ranks of a run have to agree on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+from lightning_mst.rewrite.config import MSTConfig
+
+__all__ = ["agree_on_stretch", "any_rank", "check_same_settings", "lengths_may_differ", "mean_of_ranks"]
+
+
+def num_ranks() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def mean_of_ranks(value: Tensor) -> Tensor:
+    """The mean of a tensor over all ranks, by one all-reduce."""
+    total = value.clone()
+    if num_ranks() > 1:
+        dist.all_reduce(total)
+    return total / num_ranks()
+
+
+def _max_of_ranks(value: float, device: torch.device) -> float:
+    if num_ranks() == 1:
+        return value
+    largest = torch.tensor(float(value), device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return float(largest)
+
+
+def check_same_settings(config: MSTConfig) -> None:
+    """Makes sure that all ranks were given the same settings.
+
+    Args:
+        config: this rank's.
+
+    Raises:
+        MisconfigurationException: on every rank, if one differs.
+    """
+    if num_ranks() == 1:
+        return
+    configs: list[Any] = [None] * num_ranks()
+    dist.all_gather_object(configs, config)
+    for rank, other in enumerate(configs):
+        if other != configs[0]:
+            raise MisconfigurationException(
+                f"The ranks of a run need the same settings: rank 0 has {configs[0]}, rank {rank} has {other}. Take them"
+                " from something that all ranks share, such as the configuration."
+            )
+
+
+def lengths_may_differ(strategy: Strategy, config: MSTConfig) -> bool:
+    """Whether two ranks may come to different numbers of mini-sequences by themselves.
+
+    They may if the number depends on the number of tokens and each rank has its own batches.
+    """
+    replicas = getattr(strategy, "distributed_sampler_kwargs", None) or {}
+    return isinstance(config.mlp_chunks, str) and replicas.get("num_replicas", 1) > 1
+
+
+def agree_on_stretch(strategy: Strategy, batch: Any) -> float:
+    """The most tokens in any rank's batch over those in this one's; one all-reduce of a number.
+
+    Args:
+        strategy: the Trainer's.
+        batch: tensors in any collection. The tokens are the most positions, (B, S, ...) -> B * S, of any of them.
+    """
+    sizes = [0]
+    apply_to_collection(batch, Tensor, lambda tensor: sizes.append(tensor.shape[:2].numel()))
+    own = max(sizes)
+    longest = _max_of_ranks(own, strategy.root_device)
+    return longest / own if own else 1.0
+
+
+def any_rank(strategy: Strategy, happened: bool) -> bool:
+    """Whether something happened on any rank; one all-reduce of a number."""
+    return bool(_max_of_ranks(happened, strategy.root_device))

@@ -1,0 +1,208 @@
+"""Lightning's strategies with mini-sequences: ``Trainer(strategy="mst_ddp")``.
+
+Each is Lightning's own class and what that engine needs from us; everything else is ``MSTCallback``'s work. A Trainer
+without that callback gets one, and with both the model is rewritten once.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
+from typing_extensions import override
+
+from lightning_mst.callback import MSTCallback
+from lightning_mst.rewrite.config import MSTConfig
+from lightning_mst.sharding import check_all_sharded, check_tied_weights, layer_policy, shard_models, wrapped_by
+
+if TYPE_CHECKING:
+    _Base = Strategy
+else:
+    _Base = object
+
+__all__ = [
+    "MSTDDPStrategy",
+    "MSTDeepSpeedStrategy",
+    "MSTFSDPStrategy",
+    "MSTModelParallelStrategy",
+    "MSTSingleDeviceStrategy",
+]
+
+
+class _WithMST(_Base):
+    """Gives a Trainer that has no ``MSTCallback`` one.
+
+    Args:
+        *args: of Lightning's strategy.
+        mst: the settings; default those of the Trainer's ``MSTCallback``, or else ``MSTConfig()``.
+        **kwargs: of Lightning's strategy.
+    """
+
+    def __init__(self, *args: Any, mst: MSTConfig | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if mst is not None and not isinstance(mst, MSTConfig):
+            raise TypeError(f"mst should be an MSTConfig, got {type(mst).__name__}: {mst!r}.")
+        self.mst = mst
+
+    @override
+    def connect(self, model: LightningModule) -> None:
+        super().connect(model)
+        callbacks = model.trainer.callbacks
+        if not any(isinstance(callback, MSTCallback) for callback in callbacks):
+            # First, as checkpoints are to be the last.
+            callbacks.insert(0, MSTCallback.of_config(self.mst or MSTConfig()))
+
+    def _callback(self) -> MSTCallback:
+        assert self.lightning_module is not None
+        callbacks = self.lightning_module.trainer.callbacks
+        return next(callback for callback in callbacks if isinstance(callback, MSTCallback))
+
+
+class MSTSingleDeviceStrategy(_WithMST, SingleDeviceStrategy):
+    """One device, with mini-sequences; as ``strategy="mst"``.
+
+    Args:
+        device: the device; default: the one that the Trainer chooses.
+        mst: as in ``_WithMST``.
+        **kwargs: of Lightning's ``SingleDeviceStrategy``.
+    """
+
+    def __init__(self, device: str | torch.device | None = None, *, mst: MSTConfig | None = None, **kwargs: Any) -> None:
+        super().__init__(device="cpu" if device is None else device, mst=mst, **kwargs)
+        self._parallel_devices = None if device is None else [torch.device(device)]
+
+    @property
+    def parallel_devices(self) -> list[torch.device] | None:
+        """The device in a list, as the Trainer hands it over; ``None`` until then."""
+        return self._parallel_devices
+
+    @parallel_devices.setter
+    def parallel_devices(self, devices: list[torch.device]) -> None:
+        if len(devices) != 1:
+            raise MisconfigurationException(
+                f"strategy='mst' trains on one device, got {len(devices)}. Set Trainer(devices=1), or"
+                " strategy='mst_ddp', 'mst_fsdp' or 'mst_model_parallel' for several."
+            )
+        self._parallel_devices = devices
+        self._root_device = devices[0]
+
+
+class MSTDDPStrategy(_WithMST, DDPStrategy):
+    """Lightning's DDP with mini-sequences; as ``strategy="mst_ddp"``.
+
+    Works with DDP's default flags: each parameter's gradient is delivered once per backward pass.
+    """
+
+
+class MSTFSDPStrategy(_WithMST, FSDPStrategy):
+    """Lightning's FSDP1 with mini-sequences; as ``strategy="mst_fsdp"``.
+
+    Without an ``auto_wrap_policy`` every decoder layer that the rewrite found becomes a unit.
+    """
+
+    def __init__(self, *args: Any, mst: MSTConfig | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, mst=mst, **kwargs)
+        self._has_own_policy = "auto_wrap_policy" in self.kwargs
+
+    @override
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        if not self._has_own_policy:
+            handle = self._callback().handle
+            assert handle is not None
+            self.kwargs["auto_wrap_policy"] = layer_policy(handle.layers)
+        check_tied_weights(model, wrapped_by(self.kwargs["auto_wrap_policy"], model))
+        return super()._setup_model(model)
+
+
+class MSTModelParallelStrategy(_WithMST, ModelParallelStrategy):
+    """Lightning's FSDP2 and tensor parallelism with mini-sequences; as ``strategy="mst_model_parallel"``.
+
+    A LightningModule without ``configure_model`` gets one that shards its models by FSDP2, a unit per layer, embedding
+    and head, in the Trainer's precision. Tensor parallelism needs a ``configure_model`` of the user's.
+
+    Args:
+        data_parallel_size: ranks that see different batches and shard the model; ``"auto"`` for all that
+            ``tensor_parallel_size`` leaves.
+        tensor_parallel_size: ranks that split each matrix.
+        mst: as in ``_WithMST``.
+        **kwargs: of Lightning's ``ModelParallelStrategy``.
+    """
+
+    def __init__(
+        self,
+        data_parallel_size: Literal["auto"] | int = "auto",
+        tensor_parallel_size: int = 1,
+        *,
+        mst: MSTConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(data_parallel_size, tensor_parallel_size, mst=mst, **kwargs)
+        self._shards: LightningModule | None = None
+
+    @override
+    def connect(self, model: LightningModule) -> None:
+        super().connect(model)
+        if not is_overridden("configure_model", model):
+            if self._tensor_parallel_size != 1:
+                raise MisconfigurationException(
+                    f"tensor_parallel_size={self._tensor_parallel_size} needs a plan of which matrices to split: override"
+                    " configure_model and call parallelize_module there, or set tensor_parallel_size=1."
+                )
+            model.__dict__["configure_model"] = partial(self._shard, model)
+            self._shards = model
+
+    def _shard(self, model: LightningModule) -> None:
+        shard_models(model, self.device_mesh["data_parallel"], model.trainer.precision)
+
+    @override
+    def setup_environment(self) -> None:
+        if self._data_parallel_size == "auto":
+            ranks = self.num_nodes * self.num_processes
+            if ranks % self._tensor_parallel_size != 0:
+                raise MisconfigurationException(
+                    f"{ranks} ranks can't be divided into groups of tensor_parallel_size={self._tensor_parallel_size}."
+                )
+            self._data_parallel_size = ranks // self._tensor_parallel_size
+        super().setup_environment()
+
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        if self._shards is not None:
+            check_all_sharded(self._shards)
+        super().setup(trainer)
+
+    @override
+    def teardown(self) -> None:
+        if self._shards is not None:
+            del self._shards.__dict__["configure_model"]
+            self._shards = None
+        super().teardown()
+
+
+class MSTDeepSpeedStrategy(_WithMST, DeepSpeedStrategy):
+    """Lightning's DeepSpeed with mini-sequences; as ``strategy="mst_deepspeed_stage_2"``, ``"..._3"``, ``"..._3_offload"``.
+
+    Under ZeRO-3 the weights of a rewritten block are gathered once for all its mini-sequences.
+    """
+
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        from lightning_mst.rewrite.zero3 import gather_whole_blocks
+
+        handle = self._callback().handle
+        assert handle is not None
+        gather_whole_blocks(handle)
+        super().setup(trainer)
