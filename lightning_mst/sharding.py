@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -106,10 +107,11 @@ def _shard(model: nn.Module, options: dict[str, Any]) -> None:
     heads = [model.get_submodule(head.name) for head in find_lm_heads(model, layers) if head.name]
     inside = {module for _, layer in layers for module in layer.modules()}
     embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding) and m not in inside]
-    shared = [parameter for module in {*heads, *embeddings} for parameter in set(module.parameters())]
-    for module in dict.fromkeys([*embeddings, *heads]):
-        if not any(shared.count(parameter) > 1 for parameter in module.parameters()):
-            # The head's weight is needed by the loss right after its forward: gathered once, it is kept for both.
+    apart = list(dict.fromkeys([*embeddings, *heads]))
+    uses = Counter(parameter for module in apart for parameter in module.parameters())
+    for module in apart:
+        if all(uses[parameter] == 1 for parameter in module.parameters()):
+            # The loss needs the head's weight right after its forward: gathered once, it is kept for both.
             fully_shard(module, **options, reshard_after_forward=module not in heads)
     fully_shard(model, **options)
 

@@ -10,7 +10,21 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 
-class DeferredTensor(torch.Tensor):
+class Local:
+    """Answers tensor parallelism's hooks, which take every output for a ``DTensor``: it is whole on every rank."""
+
+    placements = None
+
+    def redistribute(self, *_: Any, **__: Any) -> Any:
+        """Itself, whatever the placements."""
+        return self
+
+    def to_local(self) -> Any:
+        """Itself."""
+        return self
+
+
+class DeferredTensor(Local, torch.Tensor):
     """A tensor without values. A subclass says what it answers to torch functions and how to compute itself."""
 
     def real(self) -> Tensor:

@@ -16,6 +16,10 @@ from lightning_mst.ops.heads import Head, LinearHead, ModuleHead
 from lightning_mst.rewrite.pace import Pace
 from lightning_mst.rewrite.shadow import form_of, original_forward, shadow_method
 from lightning_mst.rewrite.stand_in import is_sharded
+from lightning_mst.rewrite.tensor_parallel import LocalAnswer, is_distributed, whole_head
+
+
+_REQUEST = "mst_request"
 
 
 @dataclass
@@ -44,32 +48,42 @@ class _Ask:
 
     def __call__(self, request: Request, hidden: Tensor) -> tuple[Tensor, ...]:
         # Through __call__, so that whoever gathers the weights in a forward hook (FSDP, ZeRO) gathers them now, once.
-        return self.module(hidden, request)
+        # By name: tensor parallelism's hooks drop all positional arguments but the first.
+        return self.module(hidden, **{_REQUEST: request})
 
 
 def _lm_head_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if not args and kwargs.keys() == {"input"}:
         args, kwargs = (kwargs["input"],), {}
-    if len(args) == 2 and callable(args[1]):
-        hidden, request = args
-        return request(hidden, _head(self, hidden))
+    if len(args) == 1 and kwargs.keys() == {_REQUEST}:
+        (hidden,), request = args, kwargs[_REQUEST]
+        answer = request(*_whole_head(self, hidden))
+        return LocalAnswer(answer) if is_distributed(hidden) else answer
     if len(args) != 1 or kwargs:
         # Arguments that mini-sequences know nothing of.
         return original_forward(self)(*args, **kwargs)
-    (hidden,) = args
-    if not torch.is_grad_enabled() and (hidden.dim() < 2 or hidden.shape[-2] == 1):
-        return original_forward(self)(hidden)
+    (given,) = args
+    if not torch.is_grad_enabled() and (given.dim() < 2 or given.shape[-2] == 1):
+        return original_forward(self)(given)
     form: _LMHeadForm = form_of(self)
-    head, hidden_size = _head(self, hidden), hidden.shape[-1]
+    hidden, head = _whole_head(self, given)
+    hidden_size = hidden.shape[-1]
     if form.pace.factor == 1 and few_logits(
         form.chunks,
         num_tokens=hidden.numel() // max(1, hidden_size),
         vocab_size=head.vocab_size,
         element_size=hidden.element_size(),
     ):
-        return original_forward(self)(hidden)
+        return original_forward(self)(given)
     split = form.pace.split(lm_head_split(form.chunks, hidden_size=hidden_size, vocab_size=head.vocab_size))
     return defer_logits(hidden, head, split=split, run=_Ask(self))
+
+
+def _whole_head(module: nn.Module, hidden: Tensor) -> tuple[Tensor, Head]:
+    """The head and its hidden states, as functions of and plain tensors of whole vectors."""
+    if is_distributed(hidden):
+        return whole_head(module, original_forward(module), hidden)
+    return hidden, _head(module, hidden)
 
 
 def _head(module: nn.Module, hidden: Tensor) -> Head:

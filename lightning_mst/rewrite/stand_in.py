@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,12 +46,37 @@ def stand_in(module: nn.Module, device: str = "cpu") -> nn.Module:
         memo[id(parameter)] = nn.Parameter(values, requires_grad=False)
     for buffer in module.buffers():
         memo[id(buffer)] = torch.zeros(buffer.shape, dtype=buffer.dtype, device=device)
-    twin = copy.deepcopy(module, memo)
+    for part in module.modules():
+        for name, value in vars(part).items():
+            # Hooks, and what FSDP2 keeps for its own, hold process groups and the like.
+            if name.endswith("_hooks") or name.startswith("__composable_api"):
+                memo[id(value)] = type(value)()
+    with _in_own_class(module):
+        twin = copy.deepcopy(module, memo)
     for part in twin.modules():
-        part._forward_hooks.clear()
-        part._forward_pre_hooks.clear()
         config = getattr(part, "config", None)
         if config is not None and hasattr(config, "_experts_implementation"):
             # Grouped kernels don't take weights whose rows are shared.
             config._experts_implementation = "eager"
     return twin
+
+
+@contextmanager
+def _in_own_class(module: nn.Module) -> Iterator[None]:
+    """Runs the body with the modules in the classes that they had before FSDP2, whose own refuse to be copied."""
+    sharded = [(part, type(part)) for part in module.modules() if _is_fsdp2(part)]
+    for part, sharded_class in sharded:
+        part.__class__ = sharded_class.__mro__[getattr(sharded_class, "_orig_cls_mro_index", 2)]
+    try:
+        yield
+    finally:
+        for part, sharded_class in sharded:
+            part.__class__ = sharded_class
+
+
+def _is_fsdp2(module: nn.Module) -> bool:
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, FSDPModule)

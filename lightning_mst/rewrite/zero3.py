@@ -1,13 +1,18 @@
 """DeepSpeed's ZeRO-3: the weights of a rewritten block are gathered once for all its mini-sequences.
 
-ZeRO-3 keeps every weight in pieces and gathers a module's own before its forward and before its backward. Left alone,
-the matrices of an MLP would come and go with every mini-sequence, and what runs them over all of them would hold none.
-But DeepSpeed can take a module for a leaf: all weights in it are then gathered when it is entered, and released when
-it is left. Such a leaf is
+ZeRO-3 keeps every weight in pieces and gathers a module's own around its forward and its backward. Left alone, the
+matrices of an MLP would come and go with every mini-sequence, and what runs them over all mini-sequences would hold
+none. So whoever is entered before the first mini-sequence and left after the last, the owner, gathers for all:
 
-1. an MLP or an LM head that is a module: that module;
-2. what a decoder layer makes of several modules (two projections, a method, an MLP with the norm after it): the layer,
-   because nothing smaller is entered before the first of them and left after the last.
+1. The block's weights become external parameters of the owner: DeepSpeed then gathers them with the owner's.
+2. The modules that hold them lose their own hooks.
+
+The owner is the block itself, if it is one module, and else the decoder layer: of two projections, of a method, and of
+an MLP with the norm after it.
+
+Gradients go the usual way: one for each weight, reduced when autograd has added it up. DeepSpeed's own mark for such
+modules (``set_z3_leaf_module``) instead reduces them in a hook on the module's input, which comes too early if that
+needs no gradient, and too often if the module is called twice.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from lightning_mst.rewrite.handle import MSTHandle
-from lightning_mst.rewrite.joining import _FirstForm
+from lightning_mst.rewrite.joining import _FirstForm, _JoiningForm
 from lightning_mst.rewrite.lm_head import _LMHeadForm
 from lightning_mst.rewrite.mlp import _MLPForm
 from lightning_mst.rewrite.shadow import BoundMethod, form_of, shadowed
@@ -26,45 +31,53 @@ from lightning_mst.rewrite.shadow import BoundMethod, form_of, shadowed
 def gather_whole_blocks(handle: MSTHandle) -> list[nn.Module]:
     """Lets ZeRO-3 gather all weights of a rewritten block at once, and release them after its last mini-sequence.
 
-    To be called after ``apply_mst`` and before ``deepspeed.initialize``. It sets marks that DeepSpeed reads when it
-    starts with ZeRO-3, and that mean nothing otherwise. They stay when the handle is removed: an engine that has
-    started without hooks below a module goes on to rely on the mark.
+    To be called after each ``deepspeed.initialize``. A model on which ZeRO-3 has not started is left alone. The change
+    stays when the handle is removed, and serves the unmodified model as well.
 
     Args:
         handle: of the rewritten model.
 
     Returns:
-        The modules that are marked.
-
-    Raises:
-        RuntimeError: if ZeRO-3 has started on the model and gathers parts of a block.
+        The modules that gather for others.
     """
-    from deepspeed.utils import set_z3_leaf_module
+    from deepspeed import zero
 
-    leaves = list(dict.fromkeys(_leaves(handle)))
-    for leaf in leaves:
-        hooked = [name for name, part in leaf.named_modules() if part is not leaf and _gathers_itself(part)]
-        if hooked:
-            raise RuntimeError(
-                f"ZeRO-3 has started and gathers {hooked[0]} by itself, but {type(leaf).__name__} now needs its weights "
-                "as one for all mini-sequences. Call apply_mst and gather_whole_blocks before deepspeed.initialize."
-            )
-    for leaf in leaves:
-        set_z3_leaf_module(leaf, True)
-    return leaves
+    owners: dict[nn.Module, None] = {}
+    for owner, block in list(_blocks(handle)):
+        # DeepSpeed numbers the modules that it hooks.
+        if not hasattr(owner, "ds_id"):
+            continue
+        for part in block.modules():
+            if part is owner:
+                continue
+            _remove_hooks(part)
+            for parameter in part.parameters(recurse=False):
+                zero.register_external_parameter(owner, parameter)
+            owners[owner] = None
+    return list(owners)
 
 
-def _leaves(handle: MSTHandle) -> Iterator[nn.Module]:
+def _blocks(handle: MSTHandle) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """Each owner with a module that it gathers for."""
     layer_of = {module: layer for layer in handle.layers for module in layer.modules()}
     for module in shadowed(handle.model):
         for name, value in vars(module).items():
             form = form_of(module, name) if isinstance(value, BoundMethod) else None
-            if isinstance(form, _LMHeadForm) or (isinstance(form, _MLPForm) and form.parts == [module]):
-                yield layer_of[module] if getattr(form, "is_followed", False) else module
-            elif isinstance(form, (_MLPForm, _FirstForm)):
-                yield layer_of[module]
+            if isinstance(form, _LMHeadForm) or (isinstance(form, _MLPForm) and _is_whole(module, form)):
+                yield module, module
+            elif isinstance(form, (_MLPForm, _FirstForm, _JoiningForm)):
+                layer = layer_of[module]
+                yield from ((layer, part) for part in (form.parts if isinstance(form, _MLPForm) else [module]))
+                # Activations and dropouts in between: under hooks they would take the deferred output for a real one.
+                yield from ((layer, part) for part in layer.modules() if not any(True for _ in part.parameters()))
 
 
-def _gathers_itself(module: nn.Module) -> bool:
-    # DeepSpeed numbers the modules that it hooks, and leaves the number when it takes the hooks away.
-    return "ds_id" in vars(module) and bool(module._forward_pre_hooks)
+def _is_whole(module: nn.Module, form: _MLPForm) -> bool:
+    return form.parts == [module] and not form.is_followed
+
+
+def _remove_hooks(module: nn.Module) -> None:
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key, hook in list(hooks.items()):
+            if getattr(hook, "__module__", "").startswith("deepspeed."):
+                del hooks[key]
