@@ -3,11 +3,11 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lightning_mst.registration import register_strategies
+from lightning_mst.training.registration import register_strategies
 
 if TYPE_CHECKING:
     from lightning_mst.callback import MSTCallback
-    from lightning_mst.optimizer_in_backward import OptimizerInBackward
+    from lightning_mst.in_backward import OptimizerInBackward
     from lightning_mst.rewrite import MSTConfig, MSTHandle, apply_mst
 
 __version__ = "0.1.0"
@@ -15,7 +15,7 @@ __all__ = ["MSTCallback", "MSTConfig", "MSTHandle", "OptimizerInBackward", "__ve
 
 _HOMES = {
     "MSTCallback": "lightning_mst.callback",
-    "OptimizerInBackward": "lightning_mst.optimizer_in_backward",
+    "OptimizerInBackward": "lightning_mst.in_backward",
     "MSTConfig": "lightning_mst.rewrite",
     "MSTHandle": "lightning_mst.rewrite",
     "apply_mst": "lightning_mst.rewrite",

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
@@ -17,18 +17,19 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_mst.checks import check_model, check_trainer
+from lightning_mst.in_backward import OptimizerInBackward
 from lightning_mst.memory.peak import PeakMemory
 from lightning_mst.ops.chunking import Chunks
-from lightning_mst.optimizer_in_backward import OptimizerInBackward
-from lightning_mst.out_of_memory import RetryOutOfMemory, explain, is_out_of_memory
-from lightning_mst.ranks import agree_on_stretch, check_same_settings, lengths_may_differ
 from lightning_mst.rewrite.config import MSTConfig
 from lightning_mst.rewrite.handle import MSTHandle, apply_mst
 from lightning_mst.rewrite.verify import verify
-from lightning_mst.side_effects import without_side_effects
-from lightning_mst.token_weights import TokenWeights, count_labels
-from lightning_mst.wrapping import wrapped
+from lightning_mst.rewrite.zero3 import gather_whole_blocks
+from lightning_mst.training.checks import check_model, check_trainer
+from lightning_mst.training.out_of_memory import RetryOutOfMemory, explain, is_out_of_memory
+from lightning_mst.training.ranks import agree_on_longest, check_same_settings, have_own_batches
+from lightning_mst.training.side_effects import without_side_effects
+from lightning_mst.training.token_weights import TokenWeights, count_labels
+from lightning_mst.training.wrapping import wrapped
 
 _HALF_PRECISION = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
@@ -114,6 +115,10 @@ class MSTCallback(Callback):
         def rewrite_first(strategy_setup: Callable[[Trainer], None], trainer: Trainer) -> None:
             self._apply(trainer, pl_module)
             strategy_setup(trainer)
+            if isinstance(trainer.strategy, DeepSpeedStrategy):
+                assert self.handle is not None
+                # Only now: it changes what DeepSpeed's engine has just put on the modules.
+                gather_whole_blocks(self.handle)
 
         self._undo = ExitStack()
         self._undo.enter_context(wrapped(trainer.strategy, "setup", rewrite_first))
@@ -138,7 +143,7 @@ class MSTCallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for helper in reversed(self._helpers):
             helper.teardown(trainer, pl_module, stage)
-        self._end()
+        self._end(trainer)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -147,12 +152,13 @@ class MSTCallback(Callback):
             exception.args = (f"{exception}\n{explain(exception, self.handle)}",)
         for helper in reversed(self._helpers):
             helper.on_exception(trainer, pl_module, exception)
-        self._end()
+        self._end(trainer)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self.handle is not None and lengths_may_differ(trainer.strategy, self.config):
-            self.handle.pace.stretch = agree_on_stretch(trainer.strategy, batch)
+        # A rule makes a number of mini-sequences of the length, which may differ between ranks.
+        if self.handle is not None and self.handle.pace.shared and isinstance(self.config.mlp_chunks, str):
+            self.handle.pace.longest, self.handle.pace.own = agree_on_longest(trainer.strategy, batch)
         for helper in self._helpers:
             helper.on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self._first_batch:
@@ -175,7 +181,7 @@ class MSTCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self.handle is not None:
-            self.handle.pace.stretch = 1.0
+            self.handle.pace.longest = self.handle.pace.own = 1
         if self._memory is None:
             return
         peak = self._memory.read()
@@ -196,11 +202,15 @@ class MSTCallback(Callback):
     def _apply(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_model(pl_module, self.config)
         self.handle = apply_mst(pl_module, self.config)
+        self.handle.pace.shared = have_own_batches(trainer.strategy)
         if not self._printed and trainer.is_global_zero and not self.config.asks_for_nothing:
             self.handle.print()
         self._printed = True
 
-    def _end(self) -> None:
+    def _end(self, trainer: Trainer) -> None:
+        for optimizer in trainer.strategy.optimizers:
+            if isinstance(optimizer, OptimizerInBackward):
+                optimizer.remove()
         if self._undo is not None:
             self._undo.close()
         if self.handle is not None:

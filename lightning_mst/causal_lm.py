@@ -8,12 +8,16 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_mst.frozen_base import check_same_base, describe_frozen, has_frozen_base, without_frozen
 from lightning_mst.metrics import Perplexity
+from lightning_mst.training.random_states import random_states, random_states_of_all_processes, set_random_states
+from lightning_mst.training.token_weights import TokenWeights
 
 __all__ = ["CausalLM"]
 
@@ -39,6 +43,8 @@ class CausalLM(pl.LightningModule):
             ``.loss``.
         optimizer: Parameters -> optimizer. Default: ``torch.optim.AdamW`` with a learning rate of 1e-3.
         scheduler: Optimizer -> learning rate scheduler, stepped after each optimizer step. Default: none.
+        token_weighted: Let every token count alike in a step over several ranks and accumulated batches, also where
+            they have different numbers of labels; see :class:`~lightning_mst.training.token_weights.TokenWeights`.
     """
 
     def __init__(
@@ -47,12 +53,15 @@ class CausalLM(pl.LightningModule):
         *,
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
         scheduler: Callable[[Optimizer], Any] | None = None,
+        token_weighted: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
+        self.token_weighted = token_weighted
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.perplexity = Perplexity()
+        self._states_to_restore: list[dict[str, Any]] | None = None
         # A cache of keys and values is of no use in training, and keeps every layer's alive.
         self._forward_options = {"use_cache": False} if _takes_use_cache(model) else {}
 
@@ -85,6 +94,11 @@ class CausalLM(pl.LightningModule):
         self.log("val_loss", perplexity.log())
 
     @override
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """The callback that weights losses, if asked for."""
+        return [TokenWeights()] if self.token_weighted else []
+
+    @override
     def configure_optimizers(self) -> Any:
         """The optimizer of the trainable parameters, with its scheduler if there is one."""
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
@@ -98,21 +112,44 @@ class CausalLM(pl.LightningModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leaves the frozen weights under adapters out."""
+        """Adds the states of all processes' random generators; leaves the frozen weights under adapters out."""
+        trainer = self._trainer  # the property raises where there is none
+        if trainer is None or trainer.world_size == 1:
+            checkpoint["random_states"] = [random_states(self.device)]
+        elif not trainer.interrupted:  # after an exception the other processes may be anywhere, and would not answer
+            checkpoint["random_states"] = random_states_of_all_processes(self.device)
         if has_frozen_base(self.model):
             checkpoint["state_dict"] = without_frozen(checkpoint["state_dict"], self)
             checkpoint["frozen_weights"] = describe_frozen(self)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Makes sure that the frozen weights are those that the checkpoint's adapters were trained on.
+        """Keeps the random states for a fit that resumes, and checks the frozen weights.
 
         Raises:
-            ValueError: They are not, or the adapters are others.
+            ValueError: The frozen weights are not those that the checkpoint's adapters were trained on, or the adapters
+                are others.
         """
+        resumes = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+        self._states_to_restore = checkpoint.get("random_states") if resumes else None
         if has_frozen_base(self.model) or "frozen_weights" in checkpoint:
             check_same_base(checkpoint, self)
             self.strict_loading = False  # what is missing was looked through
+
+    @override
+    def on_train_start(self) -> None:
+        """Restores the random states of the checkpoint that training resumes from, so that dropout goes on alike."""
+        # Only now: building and checking the model may have drawn random numbers.
+        states, self._states_to_restore = self._states_to_restore, None
+        if states is None:
+            return
+        if len(states) != self.trainer.world_size:
+            rank_zero_warn(
+                f"The checkpoint was written by {len(states)} processes, now there are {self.trainer.world_size}: their"
+                " random states are not restored, so that dropout draws other masks than in an uninterrupted run."
+            )
+            return
+        set_random_states(states[self.global_rank], self.device)
 
 
 def _takes_use_cache(model: nn.Module) -> bool:

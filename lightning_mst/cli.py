@@ -27,6 +27,7 @@ options:
 examples:
   lightning-mst train
   lightning-mst train data.sequence_length=16384 mst=auto precision=bf16-true
+  lightning-mst train strategy=mst_model_parallel trainer.devices=2
   lightning-mst train -m mst.mlp_chunks=1,2,4,8 precision=32-true,bf16-true
   lightning-mst train model=hf model.name=Qwen/Qwen2-0.5B data=text 'data.paths=[book.txt]'
   lightning-mst compare --mst off recompute auto --steps 4 data.sequence_length=16384

@@ -7,7 +7,7 @@ without that callback gets one, and with both the model is rewritten once.
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -22,16 +22,19 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_mst.callback import MSTCallback
 from lightning_mst.rewrite.config import MSTConfig
-from lightning_mst.sharding import check_all_sharded, check_tied_weights, layer_policy, shard_models, wrapped_by
-
-if TYPE_CHECKING:
-    _Base = Strategy
-else:
-    _Base = object
+from lightning_mst.training.sharding import (
+    check_all_sharded,
+    check_tied_weights,
+    layer_policy,
+    shard_models,
+    wrapped_by,
+)
 
 __all__ = [
     "MSTDDPStrategy",
@@ -42,7 +45,7 @@ __all__ = [
 ]
 
 
-class _WithMST(_Base):
+class _WithMST(Strategy):
     """Gives a Trainer that has no ``MSTCallback`` one.
 
     Args:
@@ -80,7 +83,9 @@ class MSTSingleDeviceStrategy(_WithMST, SingleDeviceStrategy):
         **kwargs: of Lightning's ``SingleDeviceStrategy``.
     """
 
-    def __init__(self, device: str | torch.device | None = None, *, mst: MSTConfig | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, device: str | torch.device | None = None, *, mst: MSTConfig | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(device="cpu" if device is None else device, mst=mst, **kwargs)
         self._parallel_devices = None if device is None else [torch.device(device)]
 
@@ -110,7 +115,8 @@ class MSTDDPStrategy(_WithMST, DDPStrategy):
 class MSTFSDPStrategy(_WithMST, FSDPStrategy):
     """Lightning's FSDP1 with mini-sequences; as ``strategy="mst_fsdp"``.
 
-    Without an ``auto_wrap_policy`` every decoder layer that the rewrite found becomes a unit.
+    Without an ``auto_wrap_policy`` every decoder layer that the rewrite found becomes a unit. Gradients can be clipped
+    by norm, which Lightning's own strategy leaves to the user.
     """
 
     def __init__(self, *args: Any, mst: MSTConfig | None = None, **kwargs: Any) -> None:
@@ -125,6 +131,17 @@ class MSTFSDPStrategy(_WithMST, FSDPStrategy):
             self.kwargs["auto_wrap_policy"] = layer_policy(handle.layers)
         check_tied_weights(model, wrapped_by(self.kwargs["auto_wrap_policy"], model))
         return super()._setup_model(model)
+
+    @override
+    def setup_precision_plugin(self) -> None:
+        super().setup_precision_plugin()
+        # Only FSDP1 itself knows the norm of gradients that it shards, and Lightning's plugin has no way to it.
+        self.precision_plugin.__dict__["clip_grad_by_norm"] = self._clip_grad_by_norm
+
+    def _clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
+        if clip_val > 0:
+            assert isinstance(self.model, FullyShardedDataParallel)
+            self.model.clip_grad_norm_(clip_val)
 
 
 class MSTModelParallelStrategy(_WithMST, ModelParallelStrategy):
@@ -150,6 +167,8 @@ class MSTModelParallelStrategy(_WithMST, ModelParallelStrategy):
         **kwargs: Any,
     ) -> None:
         super().__init__(data_parallel_size, tensor_parallel_size, mst=mst, **kwargs)
+        self._data_parallel_size: Literal["auto"] | int
+        self._tensor_parallel_size: int
         self._shards: LightningModule | None = None
 
     @override
@@ -158,8 +177,8 @@ class MSTModelParallelStrategy(_WithMST, ModelParallelStrategy):
         if not is_overridden("configure_model", model):
             if self._tensor_parallel_size != 1:
                 raise MisconfigurationException(
-                    f"tensor_parallel_size={self._tensor_parallel_size} needs a plan of which matrices to split: override"
-                    " configure_model and call parallelize_module there, or set tensor_parallel_size=1."
+                    f"tensor_parallel_size={self._tensor_parallel_size} needs a plan of which matrices to split:"
+                    " override configure_model and call parallelize_module there, or set tensor_parallel_size=1."
                 )
             model.__dict__["configure_model"] = partial(self._shard, model)
             self._shards = model
@@ -169,13 +188,13 @@ class MSTModelParallelStrategy(_WithMST, ModelParallelStrategy):
 
     @override
     def setup_environment(self) -> None:
+        ranks, group = self.num_nodes * self.num_processes, self._tensor_parallel_size
         if self._data_parallel_size == "auto":
-            ranks = self.num_nodes * self.num_processes
-            if ranks % self._tensor_parallel_size != 0:
+            if ranks % group != 0:
                 raise MisconfigurationException(
-                    f"{ranks} ranks can't be divided into groups of tensor_parallel_size={self._tensor_parallel_size}."
+                    f"{ranks} ranks can't be divided into groups of tensor_parallel_size={group}."
                 )
-            self._data_parallel_size = ranks // self._tensor_parallel_size
+            self._data_parallel_size = ranks // group
         super().setup_environment()
 
     @override
@@ -193,16 +212,8 @@ class MSTModelParallelStrategy(_WithMST, ModelParallelStrategy):
 
 
 class MSTDeepSpeedStrategy(_WithMST, DeepSpeedStrategy):
-    """Lightning's DeepSpeed with mini-sequences; as ``strategy="mst_deepspeed_stage_2"``, ``"..._3"``, ``"..._3_offload"``.
+    """Lightning's DeepSpeed with mini-sequences; as ``strategy="mst_deepspeed_stage_2"``, ``"mst_deepspeed_stage_3"`` or
+    ``"mst_deepspeed_stage_3_offload"``.
 
     Under ZeRO-3 the weights of a rewritten block are gathered once for all its mini-sequences.
     """
-
-    @override
-    def setup(self, trainer: Trainer) -> None:
-        from lightning_mst.rewrite.zero3 import gather_whole_blocks
-
-        handle = self._callback().handle
-        assert handle is not None
-        gather_whole_blocks(handle)
-        super().setup(trainer)

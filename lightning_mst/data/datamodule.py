@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from lightning_mst.data.documents import FILE_SOURCES, Documents, check_source, load_documents
 from lightning_mst.data.encoding import encode_documents
 from lightning_mst.data.packing import PackedDataset
+from lightning_mst.data.resumable import EpochSampler, ResumableDataLoader
 from lightning_mst.data.tokenizer import MIN_VOCAB_SIZE, load_tokenizer, train_tokenizer, vocabulary_size
 
 _log = logging.getLogger(__name__)
@@ -203,12 +204,29 @@ class TextDataModule(LightningDataModule):
         self._build()
 
     def train_dataloader(self) -> DataLoader:
-        """Return the training sequences, in a new order each epoch that ``seed`` decides."""
-        return self._loader(self.train_dataset, shuffle=True, generator=torch.Generator().manual_seed(self.seed))
+        """Return the training sequences, in a new order each epoch that ``seed`` decides.
+
+        In a Trainer that has this data module, each process gets its own share of them, and a fit that resumes within
+        an epoch goes on with the batch after the last one that the checkpoint has seen.
+        """
+        self._require_setup()
+        if self.trainer is None:
+            # A Trainer that is given the loader alone must see a sampler that it may replace, or it shares nothing out.
+            return DataLoader(self.train_dataset, shuffle=True, **self._loader_options())
+        share = self.trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
+        sampler = EpochSampler(self.train_dataset, seed=self.seed, **share)
+        return ResumableDataLoader(
+            self.train_dataset, sampler=sampler, batches_done=self._batches_done, **self._loader_options()
+        )
 
     def val_dataloader(self) -> DataLoader:
         """Return the validation sequences, in order."""
-        return self._loader(self.validation_dataset, shuffle=False, generator=None)
+        self._require_setup()
+        return DataLoader(self.validation_dataset, **self._loader_options())
+
+    def _batches_done(self) -> int:
+        assert self.trainer is not None
+        return self.trainer.fit_loop.batch_idx + 1  # before the batch is counted that is being asked for
 
     def _build(self) -> None:
         # The processes that did not run prepare_data find everything in the cache and end up with the same objects.
@@ -277,17 +295,15 @@ class TextDataModule(LightningDataModule):
             message += f", or set validation_fraction to about {fitting:.2g} (now {self.validation_fraction})"
         raise ValueError(message + ".")
 
-    def _loader(self, dataset: PackedDataset | None, *, shuffle: bool, generator: torch.Generator | None) -> DataLoader:
-        self._require_setup()
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            shuffle=shuffle,
-            generator=generator,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
+    def _loader_options(self) -> dict[str, Any]:
+        return {
+            "batch_size": self.batch_size,
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+            # Without a generator of its own, a loader draws from the one that dropout draws from.
+            "generator": torch.Generator().manual_seed(self.seed),
+        }
 
     def _require_setup(self) -> None:
         if self.validation_dataset is None:

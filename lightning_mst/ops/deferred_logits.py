@@ -160,6 +160,9 @@ class DeferredLogits(DeferredTensor):
     def respond(cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answers a torch function without computing logits where that is possible."""
         args = input_first(args, kwargs)
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, DeferredLogits):
+                tensor._pass_markers()
         if not any(isinstance(t, DeferredLogits) and t._is_real() for t in tree_leaves((args, kwargs))):
             if args and isinstance(args[0], DeferredLogits) and needs_no_values(func):
                 return without_values(func, args, kwargs)
@@ -167,6 +170,20 @@ class DeferredLogits(DeferredTensor):
             if result is not NotImplemented:
                 return result
         return _run_on_real(func, args, kwargs)
+
+    def _pass_markers(self) -> None:
+        """Stands for what DeepSpeed was given, if DeepSpeed made this tensor.
+
+        ZeRO-3 passes every output of a module through an autograd node that gathers the weights in backward and
+        leaves the gradient as it is. What comes out is a tensor without the logits' own graph, in front of that node.
+        A loss doesn't need it: the request to the head passes through such a node itself.
+        """
+        with torch._C.DisableTorchFunctionSubclass():
+            node = last = self.grad_fn
+        while node is not None and getattr(node, "_forward_cls", type(node)).__module__.startswith("deepspeed."):
+            node = node.next_functions[0][0]
+        if node is not last and isinstance(node, _Anchor._backward_cls):
+            self.become(node.expression)
 
     def _is_real(self) -> bool:
         """Whether the real logits were written to, directly or through a slice of them, so that only they count."""
@@ -224,6 +241,7 @@ class _Anchor(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, holder: list[DeferredLogits], *parents: Tensor) -> DeferredLogits:
         # In a list: a tensor that is input and output of a node would be replaced by a view of itself.
+        ctx.expression = holder[0]._expression
         return holder[0]
 
     @staticmethod

@@ -160,10 +160,10 @@ def _expands(tensor: Any, shape: torch.Size) -> bool:
 
 @handles(torch.Tensor.register_hook)
 def _register_hook(func: Any, logits: Any, hook: Callable[[Tensor], Any]) -> Any:
-    # FSDP marks where backward enters a module: at whatever is computed from the logits that the module returned.
-    # A user's hook wants the gradient of the logits.
+    # FSDP and DeepSpeed mark where backward enters a module (DeepSpeed scales the gradient there, too): at whatever is
+    # computed from the logits that the module returned. A user's hook wants the gradient of the logits.
     origin = getattr(hook, "func", hook)
-    if not str(getattr(origin, "__module__", "")).startswith("torch.distributed."):
+    if not str(getattr(origin, "__module__", "")).startswith(("torch.distributed.", "deepspeed.")):
         return NotImplemented
     for leaf in logits._expression.logits():
         if hook not in leaf.source.hooks:

@@ -48,6 +48,7 @@ def token_wise(
     parameters: Iterable[Tensor] | None = None,
     preserve_rng_state: bool = True,
     keep_single_chunk: bool = True,
+    exactly: bool = False,
 ) -> Any:
     """Runs a block that treats every token alike over mini-sequences, with the same output and the same gradients.
 
@@ -67,6 +68,8 @@ def token_wise(
         preserve_rng_state: recompute each chunk with the random numbers of its first run, as dropout needs.
         keep_single_chunk: run a single chunk as it is, which keeps for backward whatever the block keeps, instead of
             recomputing it too.
+        exactly: use all ``num_chunks`` chunks, some of them empty where there are fewer tokens. Ranks whose chunks
+            communicate must have the same number of them.
 
     Returns:
         What ``module_or_fn(x)`` returns: (\\*lead, D_out), or a tuple of such.
@@ -82,6 +85,8 @@ def token_wise(
     inputs = (x,) if isinstance(x, Tensor) else tuple(x)
     lead = _lead_shape(inputs)
     chunks = resolve_num_chunks(lead.numel(), num_chunks=num_chunks, chunk_tokens=chunk_tokens)
+    if exactly and num_chunks is not None:
+        chunks = num_chunks
     if chunks == 1 and keep_single_chunk:
         return module_or_fn(*inputs)
     if parameters is None:

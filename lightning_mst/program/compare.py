@@ -158,15 +158,15 @@ def compare(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
     Returns:
         What the runs share (``model``, ``parameters``, ``trainable_parameters``, ``precision``, ``quantization``,
-        ``adapter``, ``sequence_length``, ``batch_size``, ``steps``) and ``settings``: a list of ``mst``,
-        ``peak_memory_gib``, ``peak_memory_ratio``, ``tokens_per_second``, ``tokens_per_second_ratio``, ``loss`` (of
-        the last step) and ``loss_difference`` (the largest of all steps, absolute). Ratios are to the reference; what
-        was not measured is None.
+        ``adapter``, ``sequence_length``, ``batch_size``, ``steps``, ``strategy``, ``devices``) and ``settings``: a
+        list of ``mst``, ``peak_memory_gib``, ``peak_memory_ratio``, ``tokens_per_second``,
+        ``tokens_per_second_ratio``, ``loss`` (of the last step) and ``loss_difference`` (the largest of all steps,
+        absolute). Ratios are to the reference; what was not measured is None.
     """
     reference = next(iter(results.values()))
     shared = (
         "model", "parameters", "trainable_parameters", "precision", "quantization", "adapter", "sequence_length",
-        "batch_size", "steps",
+        "batch_size", "steps", "strategy", "devices",
     )  # fmt: skip
     rows = []
     for setting, result in results.items():
@@ -217,4 +217,6 @@ def show(report: dict[str, Any]) -> None:
 def headline(report: dict[str, Any]) -> str:
     """What the runs of a comparison share, in one line."""
     tokens = f"{report['batch_size']} x {report['sequence_length']:,} tokens"
-    return f"{describe_model(report)}: {report['steps']} steps of {tokens}"
+    several = report["devices"] is not None and report["devices"] > 1
+    devices = f" on each of {report['devices']} devices ({report['strategy']})" if several else ""
+    return f"{describe_model(report)}: {report['steps']} steps of {tokens}{devices}"

@@ -15,11 +15,15 @@ __all__ = ["History"]
 
 log = logging.getLogger(__name__)
 
+# Names among the trainer's metrics.
+_LOSSES, _PEAKS, _STEPS = "history_losses", "history_peak_memory_gib", "history_steps"
+
 
 class History(pl.Callback):
     """Keeps the loss of every optimizer step and the metrics of the steps, whatever the loggers are.
 
-    Put it last, so that it sees what the other callbacks logged.
+    Put it last, so that it sees what the other callbacks logged. Every process has to have one: a step's loss is the
+    mean over all of them.
     """
 
     def __init__(self) -> None:
@@ -47,7 +51,8 @@ class History(pl.Callback):
         if trainer.global_step > self._step:  # the optimizer has stepped on what has been accumulated
             self._step = trainer.global_step
             if self._accumulated:
-                self._losses.append(torch.stack(self._accumulated).mean())
+                loss = torch.stack(self._accumulated).mean()
+                self._losses.append(trainer.strategy.reduce(loss, reduce_op="mean"))
             self._accumulated = []
             self._report(trainer)
         if "peak_memory_gib" in metrics:
@@ -62,9 +67,28 @@ class History(pl.Callback):
         if (bar is None or bar.is_disabled) and self._step % every == 0 and trainer.is_global_zero and self._losses:
             log.info("step %d: loss %.4f", self._step, self._losses[-1])
 
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Adds what it kept to the trainer's metrics: they alone come back from a process that Lightning spawned."""
+        lists = {_LOSSES: self._losses, _PEAKS: self._peaks}
+        trainer.callback_metrics.update({key: torch.stack(values) for key, values in lists.items() if values})
+        trainer.callback_metrics[_STEPS] = torch.tensor(self._step)
+
+    def take_over(self, trainer: pl.Trainer) -> None:
+        """Takes what the copy of this object has kept that saw the training in a spawned process."""
+        metrics = trainer.callback_metrics
+        self._step = int(metrics[_STEPS])
+        self._losses, self._peaks = list(metrics.get(_LOSSES, ())), list(metrics.get(_PEAKS, ()))
+        self._tokens_per_second = metrics.get("tokens_per_second")
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps so far, those of the run that this one resumes included."""
+        return self._step
+
     @property
     def losses(self) -> list[float]:
-        """Loss of each optimizer step (mean over the batches that it accumulated)."""
+        """Loss of each optimizer step (mean over the batches that it accumulated, on all devices)."""
         return [float(loss) for loss in self._losses]
 
     @property

@@ -15,7 +15,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_mst.program.results import read_result, write_result
+from lightning_mst.program.results import read_result, write_failure
 from lightning_mst.program.tables import number, print_table
 
 __all__ = ["MEASUREMENTS", "SweepTable", "read_sweep"]
@@ -55,11 +55,11 @@ class SweepTable(Callback):
         error: BaseException = job_return._return_value  # `return_value` would raise it
         is_mistake = isinstance(error, CompactHydraException)
         log.error("This run failed: %s", error, exc_info=None if is_mistake else error)
-        failure = {"status": "failed", "error": f"{type(error).__name__}: {error}"}
-        write_result(Path(config.hydra.runtime.output_dir), failure)
+        # A run that got as far as to begin has written its own.
+        write_failure(Path(config.hydra.runtime.output_dir), f"{type(error).__name__}: {error}")
         # The error holds the stack, and the stack the model: it must not stay in memory while others are measured.
         job_return.status = JobStatus.COMPLETED
-        job_return.return_value = failure
+        job_return.return_value = None
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Write and show the table.

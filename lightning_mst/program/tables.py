@@ -18,10 +18,12 @@ def print_summary(result: dict[str, Any], folder: Path) -> None:
     table = Table(title="Training run", show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column()
+    devices = f"{result['devices']} ({result['strategy']})" if result["devices"] > 1 else None
     for name, value in {
         "model": describe_model(result),
+        "devices": devices,
         "mini-sequences": ", ".join(f"{key}={'off' if value is None else value}" for key, value in settings.items()),
-        "tokens per step": f"{result['batch_size']} x {result['sequence_length']:,}",
+        f"tokens per step{' and device' if devices else ''}": f"{result['batch_size']} x {result['sequence_length']:,}",
         "steps": str(result["steps"]),
         "loss of the last step": number(result["loss"], 4),
         "validation perplexity": number(result["val_perplexity"], 2),
@@ -29,7 +31,8 @@ def print_summary(result: dict[str, Any], folder: Path) -> None:
         "peak memory (GiB)": number(result["peak_memory_gib"], 3),
         "written to": str(folder),
     }.items():
-        table.add_row(name, value)
+        if value is not None:
+            table.add_row(name, value)
     console().print(table)
 
 

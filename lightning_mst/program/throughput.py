@@ -15,10 +15,11 @@ __all__ = ["Throughput"]
 
 
 class Throughput(pl.Callback):
-    """Logs ``tokens_per_second``: over all training steps so far but the first, on all devices together.
+    """Logs ``tokens_per_second``: over all batches so far but the first, on all devices together.
 
-    The first step warms up (allocators, kernel choice, compilation, a check of the gradients), so it counts only
-    while it is the only one. Time between steps, such as validation, does not count. Lightning's ``ThroughputMonitor``
+    The first batch warms up (allocators, kernel choice, compilation, a check of the gradients), so it counts only
+    while it is the only one. Time between batches, such as validation, does not count. Devices that share a batch
+    (tensor parallelism) count its tokens once. Lightning's ``ThroughputMonitor``
     counts over a sliding window, goes to loggers alone and asks for FLOPs; this one number goes to
     ``trainer.callback_metrics`` as well.
 
@@ -60,8 +61,15 @@ class Throughput(pl.Callback):
         self._tokens += batch["input_ids"].numel()
         self._seconds += seconds
         rate = self._tokens / self._seconds
-        # Summed over the devices: each has its own batches.
+        # Summed over the devices, each with its own batches or its part of one.
+        rate /= trainer.world_size / _number_of_batches(trainer)
         self.log("tokens_per_second", rate, prog_bar=True, sync_dist=True, reduce_fx="sum")
+
+
+def _number_of_batches(trainer: pl.Trainer) -> int:
+    """Different batches that the devices see at the same time."""
+    sampling = trainer.distributed_sampler_kwargs
+    return 1 if sampling is None else sampling["num_replicas"]
 
 
 def _now(trainer: pl.Trainer) -> float:

@@ -19,12 +19,16 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 
 from lightning_mst.causal_lm import CausalLM
+from lightning_mst.data.cache import default_cache_dir
 from lightning_mst.models import check_positions, check_vocabulary, count_parameters
 from lightning_mst.program.allocator import release_freed_memory, unmap_freed_blocks
 from lightning_mst.program.errors import ConfigurationError, configuration_of
 from lightning_mst.program.history import History
-from lightning_mst.program.logs import tidy_lightning_output
+from lightning_mst.program.logs import quiet_lightning, tidy_lightning_output
+from lightning_mst.program.own_process import needs_own_process, run_in_own_process
+from lightning_mst.program.processes import ending_together, is_main_process, one_at_a_time, told_once
 from lightning_mst.program.results import remove_result, write_result
+from lightning_mst.program.strategy import build_strategy, check_strategy, strategy_name
 from lightning_mst.program.tables import print_summary
 
 __all__ = ["train"]
@@ -44,69 +48,94 @@ def train(config: DictConfig) -> dict[str, Any]:
     Returns:
         What ``result.json`` holds: ``status``, ``loss`` (of the last step), ``losses`` (one per step),
         ``val_perplexity``, ``val_loss``, ``tokens_per_second``, ``peak_memory_gib`` (the highest of all steps),
-        ``steps``, ``sequence_length``, ``batch_size``, ``parameters``, ``trainable_parameters``, ``model``, ``mst``
-        (its settings), ``mst_name``, ``precision``, ``quantization``, ``adapter`` and ``seed``. What was not measured
-        is None.
+        ``steps``, ``sequence_length``, ``batch_size`` (per device), ``parameters``, ``trainable_parameters``,
+        ``model``, ``mst`` (its settings), ``mst_name``, ``precision``, ``strategy``, ``devices`` (of all machines),
+        ``quantization``, ``adapter`` and ``seed``. Losses, perplexity and speed are those of all devices together,
+        the peak is that of the fullest. What was not measured is None. A run that fails leaves ``status``
+        (``"failed"``), ``error`` and the ``rank`` it happened to.
 
     Raises:
         ConfigurationError: A value is missing, unknown or does not go with another one.
+        RankFailed: Another process of the run failed, which has said why.
+        JobFailed: The same of a process that a sweep started for this run.
     """
-    remove_result(Path(config.output_dir))
-    check_config(config)
+    folder = Path(config.output_dir)
+    if is_main_process():
+        remove_result(folder)
     tidy_lightning_output()
+    with told_once(folder):
+        check_config(config)
+        own_process = starts_runs() and starts_processes(config)
+    if own_process:
+        return run_in_own_process(folder)
+    with told_once(folder):
+        result = run(config)
+    if is_main_process():
+        write_result(folder, result)
+        if not is_sweep():  # a sweep shows one table of all its runs
+            print_summary(result, folder)
+    return result
+
+
+def run(config: DictConfig) -> dict[str, Any]:
+    """Train and validate in this process and those that the strategy starts; see :func:`train`."""
     unmap_freed_blocks()
     release_freed_memory()
     pl.seed_everything(config.seed, workers=True, verbose=False)
     recipe = build_recipe(config)
+    history = History()
+    trainer = build_trainer(config, history)
 
     with configuration_of("data"):
         datamodule = build(config.data)
-        datamodule.prepare_data()
+        # Not the trainer's task, as the model needs the vocabulary: of several processes, the first fills the caches.
+        with one_at_a_time(Path(config.data.get("cache_dir") or default_cache_dir())):
+            datamodule.prepare_data()
         datamodule.setup("fit")
-
-    history = History()
-    trainer = build_trainer(config, history)
     module = build_module(config, trainer, datamodule.vocab_size, recipe)
+    # Counted while each process has all weights.
+    parameters, trainable = count_parameters(module.model), count_parameters(module.model, trainable=True)
 
-    try:
-        trainer.fit(module, datamodule=datamodule)
-    except (ValueError, MisconfigurationException) as error:
-        if history.started:
-            raise
-        # Callbacks and strategies find wrong settings only now that they see the model.
-        raise ConfigurationError(str(error)) from error
     validation: dict[str, Any] = {}
-    if config.validate:
-        validated = trainer.validate(module, datamodule=datamodule, verbose=False)
-        validation = validated[0] if validated else {}  # empty with trainer.limit_val_batches=0
+    with ending_together(trainer, Path(config.output_dir)):
+        try:
+            trainer.fit(module, datamodule=datamodule)
+        except (ValueError, MisconfigurationException) as error:
+            if history.started:
+                raise
+            # Callbacks and strategies find wrong settings only now that they see the model.
+            raise ConfigurationError(str(error)) from error
+        if not history.started:  # it was a copy in a process that Lightning has spawned
+            history.take_over(trainer)
+            trainer.loggers = []  # where the next processes would begin the same files anew
+        if config.validate:
+            validated = trainer.validate(module, datamodule=datamodule, verbose=False)
+            validation = validated[0] if validated else {}  # empty with trainer.limit_val_batches=0
 
     losses = history.losses
-    result = {
+    return {
         "status": "completed",
         "loss": losses[-1] if losses else None,
         "val_perplexity": validation.get("val_perplexity"),
         "val_loss": validation.get("val_loss"),
         "tokens_per_second": history.tokens_per_second,
         "peak_memory_gib": history.peak_memory_gib,
-        "steps": trainer.global_step,
+        "steps": history.steps,
         "sequence_length": config.data.sequence_length,
         "batch_size": config.data.batch_size,
-        "parameters": count_parameters(module.model),
-        "trainable_parameters": count_parameters(module.model, trainable=True),
+        "parameters": parameters,
+        "trainable_parameters": trainable,
         "model": choice("model"),
         "mst_name": choice("mst"),
         "mst": OmegaConf.to_container(config.mst, resolve=True),
         "precision": str(config.trainer.precision),
+        "strategy": strategy_name(config.trainer.get("strategy")),
+        "devices": trainer.world_size,
         "quantization": choice("quantization") if config.quantization else None,
         "adapter": choice("adapter") if config.adapter else None,
         "seed": config.seed,
         "losses": losses,
     }
-    if trainer.is_global_zero:
-        write_result(Path(config.output_dir), result)
-        if not is_sweep():  # a sweep shows one table of all its runs
-            print_summary(result, Path(config.output_dir))
-    return result
 
 
 def check_config(config: DictConfig) -> None:
@@ -187,12 +216,27 @@ def build_trainer(config: DictConfig, history: History) -> pl.Trainer:
         "logger": loggers or False,
         "enable_progress_bar": any(isinstance(callback, ProgressBar) for callback in callbacks),
     }
-    with configuration_of("trainer"):
-        trainer = build(config.trainer, **options)
-    if is_sweep() and trainer.world_size > 1 and trainer.strategy.launcher is not None:
-        # Lightning starts the other processes with this command line, so that each would start the whole sweep.
-        raise ConfigurationError("trainer: A sweep trains on one device per run; set trainer.devices=1")
+    trainer = build_bare_trainer(config, **options)
+    check_strategy(trainer, CausalLM)
     return trainer
+
+
+def build_bare_trainer(config: DictConfig, **options: Any) -> pl.Trainer:
+    """A trainer with no more than these options and those of the configuration; it has not started anything yet.
+
+    Raises:
+        ConfigurationError: There is no such strategy, it does not go with the precision, ...
+    """
+    with configuration_of("strategy"):
+        strategy = build_strategy(config.trainer.get("strategy"))
+    with configuration_of("trainer"):
+        return build(config.trainer, **{"logger": False, **options}, strategy=strategy)
+
+
+def starts_processes(config: DictConfig) -> bool:
+    """Whether the run will have processes of its own; see :func:`needs_own_process`."""
+    with quiet_lightning():
+        return needs_own_process(build_bare_trainer(config))
 
 
 def build_module(config: DictConfig, trainer: pl.Trainer, vocab_size: int, recipe: Recipe) -> CausalLM:
@@ -235,6 +279,11 @@ def choice(group: str) -> str | None:
     return HydraConfig.get().runtime.choices.get(group) if HydraConfig.initialized() else None
 
 
-def is_sweep() -> bool:
-    """Whether this run is one of several that a sweep starts."""
+def starts_runs() -> bool:
+    """Whether this process runs a sweep, all jobs of it."""
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def is_sweep() -> bool:
+    """Whether this run is one of several that a sweep starts: Hydra numbers those, in a process of their own, too."""
+    return HydraConfig.initialized() and not OmegaConf.is_missing(HydraConfig.get().job, "num")

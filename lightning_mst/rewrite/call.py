@@ -13,6 +13,7 @@ from lightning_mst.ops.chunking import mlp_num_chunks
 from lightning_mst.ops.token_wise import token_wise
 from lightning_mst.rewrite.pace import Pace
 from lightning_mst.rewrite.routers import announce, overheard
+from lightning_mst.rewrite.stand_in import true_shape
 
 
 class Call:
@@ -48,10 +49,13 @@ class Call:
         return self._inputs[0]
 
     def num_chunks(self, setting: int | str, pace: Pace, sparsity: int = 1) -> int:
-        """M for a setting; see ``mlp_num_chunks``."""
+        """M for a setting, the same on all ranks; see ``mlp_num_chunks``."""
         width = self.x.shape[-1]
-        num_tokens = pace.stretched(self.x.numel() // max(1, width))
-        return pace.factor * mlp_num_chunks(setting, num_tokens=num_tokens, hidden_size=width, sparsity=sparsity)
+        if isinstance(setting, int) and pace.shared:
+            return setting * pace.factor
+        num_tokens = pace.longest_of(self.x.numel() // max(1, width))
+        chunks = mlp_num_chunks(setting, num_tokens=num_tokens, hidden_size=width, sparsity=sparsity)
+        return max(1, min(chunks * pace.factor, num_tokens))
 
     def run(
         self,
@@ -91,12 +95,14 @@ class Call:
                 result = finish(result)
             return layout.pack([result, *said], tokens=tensors[0].shape[:-1].numel())
 
-        outputs = token_wise(
-            piece,
-            self._inputs,
-            num_chunks=num_chunks,
-            parameters=[*(p for part in parts for p in part.parameters()), *finish_parameters],
-        )
+        parameters = [*(p for part in parts for p in part.parameters()), *finish_parameters]
+        if any(p.shape != true_shape(p) for p in parameters):
+            raise RuntimeError(
+                f"The weights of {type(parts[0]).__name__} are in pieces (DeepSpeed's ZeRO-3), but its mini-sequences "
+                "need them whole. Call lightning_mst.rewrite.zero3.gather_whole_blocks(handle) after "
+                "deepspeed.initialize, or leave both to Trainer(strategy='mst_deepspeed_stage_3')."
+            )
+        outputs = token_wise(piece, self._inputs, num_chunks=num_chunks, exactly=True, parameters=parameters)
         result, *said = layout.unpack(outputs)
         for router, answer in zip(routers, said, strict=True):
             announce(router, answer, self.x)

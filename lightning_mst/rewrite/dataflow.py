@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_mst.rewrite.joining import has_joined, rewrite_joining, rewrite_pair
 from lightning_mst.rewrite.mlp import rewrite_mlp
 from lightning_mst.rewrite.shadow import original_method
-from lightning_mst.rewrite.stand_in import stand_in
+from lightning_mst.rewrite.stand_in import stand_in, true_shape
 
 ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 """Modules that mix tokens by name; what is not called so is tried."""
@@ -76,7 +76,7 @@ def find_pair(layer: nn.Module, candidates: Iterable[tuple[str, str, int]]) -> t
 def _may_follow(module: nn.Module, width: int) -> bool:
     parameters = list(module.parameters())
     if parameters:
-        return all(p.shape == (width,) for p in parameters)
+        return all(true_shape(p) == (width,) for p in parameters)
     return isinstance(module, nn.Dropout) or type(module).__name__.endswith("Norm")
 
 

@@ -14,6 +14,7 @@ from lightning_mst.rewrite.dataflow import ATTENTION, find_pair, follower_of
 from lightning_mst.rewrite.joining import rewrite_pair
 from lightning_mst.rewrite.mlp import FEED_FORWARD_METHODS, rewrite_method, rewrite_mlp
 from lightning_mst.rewrite.probe import Verdict, probe
+from lightning_mst.rewrite.stand_in import true_shape
 from lightning_mst.rewrite.structure import (
     embedding_widths,
     expert_counts,
@@ -205,7 +206,7 @@ def _named(layer: str, candidate: Candidate) -> Candidate:
 
 def _signature(module: nn.Module) -> object:
     """Equal for modules that one trial can speak for."""
-    shapes = tuple((name, tuple(p.shape), p.dtype, p.device) for name, p in module.named_parameters())
+    shapes = tuple((name, true_shape(p), p.dtype, p.device) for name, p in module.named_parameters())
     switches = tuple(
         (name, key, value)
         for name, part in module.named_modules()

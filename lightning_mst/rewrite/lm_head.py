@@ -18,7 +18,6 @@ from lightning_mst.rewrite.shadow import form_of, original_forward, shadow_metho
 from lightning_mst.rewrite.stand_in import is_sharded
 from lightning_mst.rewrite.tensor_parallel import LocalAnswer, is_distributed, whole_head
 
-
 _REQUEST = "mst_request"
 
 

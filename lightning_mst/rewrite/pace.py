@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,16 +12,21 @@ class Pace:
 
     Attributes:
         factor: how many times as many mini-sequences as the settings say; doubled where memory ran out.
-        stretch: the most tokens that any rank has in this step, over the tokens of this rank. Ranks with sequences of
-            different lengths then agree on the number of mini-sequences.
+        longest: the most tokens in any rank's batch. Ranks whose batches differ in length agree by it on the number of
+            mini-sequences.
+        own: the tokens in this rank's batch.
+        shared: whether there are ranks with other batches, which a number of mini-sequences must suit as well: it is
+            then obeyed even where this rank has fewer tokens.
     """
 
     factor: int = 1
-    stretch: float = 1.0
+    longest: int = 1
+    own: int = 1
+    shared: bool = False
 
-    def stretched(self, num_tokens: int) -> int:
-        """The tokens by which a number of mini-sequences is chosen."""
-        return math.ceil(num_tokens * self.stretch)
+    def longest_of(self, num_tokens: int) -> int:
+        """How many tokens a block has on the rank with the longest batch, given those that it has here."""
+        return -(-num_tokens * self.longest // self.own)
 
     def split(self, split: Mapping[str, int]) -> dict[str, int]:
         """``{"num_chunks": M}`` or ``{"chunk_tokens": c}`` with ``factor`` times as many mini-sequences."""

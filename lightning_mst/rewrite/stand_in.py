@@ -25,6 +25,11 @@ def is_sharded(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor) or tensor.numel() == 0
 
 
+def true_shape(parameter: Tensor) -> torch.Size:
+    """A parameter's shape as a whole: DeepSpeed's ZeRO-3 leaves an empty tensor where its own are in pieces."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def stand_in(module: nn.Module, device: str = "cpu") -> nn.Module:
     """Copies a module with random fp32 weights in place of its own, without its hooks.
 
@@ -37,12 +42,13 @@ def stand_in(module: nn.Module, device: str = "cpu") -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     memo: dict[int, Any] = {}
     for parameter in module.parameters():
+        shape = true_shape(parameter)
         if device == "meta":
-            values = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            values = torch.empty(shape, dtype=parameter.dtype, device=device)
         else:
             # A matrix's rows have the length 1; a vector's entries are of that size, as a norm's are.
-            scale = 1.0 if parameter.dim() < 2 else parameter.shape[-1] ** -0.5
-            values = (torch.randn(parameter.shape[-1:], generator=generator) * scale).expand(parameter.shape)
+            scale = 1.0 if len(shape) < 2 else shape[-1] ** -0.5
+            values = (torch.randn(shape[-1:], generator=generator) * scale).expand(shape)
         memo[id(parameter)] = nn.Parameter(values, requires_grad=False)
     for buffer in module.buffers():
         memo[id(buffer)] = torch.zeros(buffer.shape, dtype=buffer.dtype, device=device)

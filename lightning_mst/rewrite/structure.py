@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from lightning_mst.rewrite.stand_in import true_shape
+
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """(in, out) of a linear layer of any make, or ``None``.
@@ -51,7 +53,8 @@ def expert_counts(module: nn.Module) -> set[int]:
     for part in module.modules():
         if isinstance(part, nn.modules.conv._ConvNd):
             continue
-        counts.update(p.shape[0] for p in part.parameters(recurse=False) if p.dim() == 3 and p.shape[0] > 1)
+        shapes = map(true_shape, part.parameters(recurse=False))
+        counts.update(shape[0] for shape in shapes if len(shape) == 3 and shape[0] > 1)
         children = list(part.children())
         if isinstance(part, nn.ModuleList) and len(children) > 1 and all(mirrored_widths(c) for c in children):
             counts.add(len(children))
@@ -87,4 +90,5 @@ def embedding_widths(model: nn.Module) -> set[int]:
 
 def norm_widths(layer: nn.Module) -> set[int]:
     """The widths of the vectors that a layer's children hold, its norms' above all."""
-    return {p.shape[0] for child in layer.children() for p in child.parameters(recurse=False) if p.dim() == 1}
+    shapes = [true_shape(p) for child in layer.children() for p in child.parameters(recurse=False)]
+    return {shape[0] for shape in shapes if len(shape) == 1}

@@ -5,17 +5,25 @@ from __future__ import annotations
 import inspect
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hydra.utils import instantiate
+from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import StrategyRegistry
 from omegaconf import OmegaConf
 from torch import nn
 
 import lightning_mst
 from lightning_mst.data import TextDataModule
 from lightning_mst.program.conf import conf_dir
+from lightning_mst.program.errors import ConfigurationError
+from lightning_mst.program.strategy import build_strategy, check_strategy
 from lightning_mst.program.train import build, missing_keys
+from lightning_mst.strategies import MSTDDPStrategy, MSTFSDPStrategy
+from lightning_mst.training.registration import STRATEGIES
 
 CONF = conf_dir()
 OPTIONS = [(path.parent.name, path.stem) for path in sorted(CONF.glob("*/*.yaml")) if not path.stem.startswith("_")]
@@ -41,7 +49,10 @@ def test_the_checkouts_configurations_are_the_ones_found():
 
 def test_every_group_has_the_options_that_the_documentation_names():
     assert {"off", "auto", "paper", "recompute"} <= set(stems("mst"))
-    assert stems("precision") == ["16-mixed", "32-true", "bf16-mixed", "bf16-true", "int8-lora", "nf4-lora"]
+    assert stems("precision") == [
+        "16-mixed", "16-true", "32-true", "64-true", "bf16-mixed", "bf16-true", "int8-lora", "nf4-lora"
+    ]  # fmt: skip
+    assert set(stems("strategy")) == {"auto", "ddp", *STRATEGIES}
     assert stems("quantization") == ["int8", "nf4", "none"]
     assert stems("adapter") == ["lora", "none"]
     assert {"stdlib", "text", "jsonl", "parquet", "hub"} == set(stems("data"))
@@ -98,6 +109,29 @@ def test_every_data_option_names_arguments_of_the_data_module(compose_config, na
 @pytest.mark.parametrize("name", stems("precision"))
 def test_every_precision_sets_the_trainers(compose_config, name):
     assert compose_config(f"precision={name}").trainer.precision == ("bf16-mixed" if "lora" in name else name)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_is_what_lightning_makes_of_its_name(compose_config, name):
+    if "deepspeed" in name:
+        pytest.importorskip("deepspeed")
+    class_name, options = STRATEGIES[name]
+    config = compose_config(f"strategy={name}")
+
+    assert config.strategy._target_ == f"lightning_mst.strategies.{class_name}"
+    assert {key: config.strategy[key] for key in options} == options
+    assert type(build_strategy(config.trainer.strategy)) is type(StrategyRegistry.get(name))
+
+
+def test_a_strategy_is_named_by_its_file_by_its_registered_name_or_by_its_class(compose_config):
+    def built(*overrides: str):
+        return build_strategy(compose_config(*overrides).trainer.strategy)
+
+    assert built() == "auto"
+    assert built("trainer.strategy=mst_ddp") == "mst_ddp"
+    assert isinstance(built("trainer.strategy=lightning_mst.strategies.MSTDDPStrategy"), MSTDDPStrategy)
+    option = built("strategy=mst_model_parallel", "strategy.data_parallel_size=2")
+    assert option._data_parallel_size == 2
 
 
 @pytest.mark.parametrize("name", stems("optimizer"))
@@ -163,3 +197,18 @@ def test_an_experiment_picks_other_options(compose_config):
     assert config.mst.mlp_chunks == "paper"
     assert config.trainer.precision == "bf16-true"
     assert config.data.sequence_length == 61440
+
+
+def test_fsdp_names_what_it_cannot_clip():
+    trainer = SimpleNamespace(
+        strategy=MSTFSDPStrategy(
+            parallel_devices=[torch.device("cuda", 0)], cluster_environment=LightningEnvironment()
+        ),
+        gradient_clip_val=1.0,
+        gradient_clip_algorithm=None,
+    )
+
+    with pytest.raises(ConfigurationError, match=r"trainer.gradient_clip_val=null, or strategy=mst_model_parallel"):
+        check_strategy(trainer, LightningModule)
+    trainer.gradient_clip_algorithm = "value"
+    check_strategy(trainer, LightningModule)

@@ -102,8 +102,9 @@ def test_runs_of_an_earlier_sweep_in_the_same_folder_are_left_out(tmp_path):
     assert [row["run"] for row in read_sweep(tmp_path, since=200)] == ["0"]
 
 
-def test_a_sweep_of_runs_with_several_processes_is_refused(tiny, tmp_path):
+def test_a_sweep_whose_processes_something_else_starts_is_refused(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")  # as torchrun does
     with pytest.raises(SystemExit):
         main(["train", "-m", *tiny, f"hydra.sweep.dir='{tmp_path}'", "trainer.devices=2", "seed=0,1"])
 
-    assert "set trainer.devices=1" in read_csv(tmp_path / "sweep.csv")[0]["error"]
+    assert "without torchrun or srun" in read_csv(tmp_path / "sweep.csv")[0]["error"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -42,3 +43,18 @@ def test_the_first_step_does_not_count_when_there_are_more():
 
 def test_the_only_step_counts():
     assert tokens_per_second(0.2) == pytest.approx(100 / 0.2, rel=0.25)
+
+
+def test_the_tokens_of_a_batch_that_two_devices_share_count_once(monkeypatch):
+    logged = {}
+    throughput = Throughput()
+    monkeypatch.setattr(throughput, "log", lambda name, value, **_: logged.update({name: value}), raising=False)
+    clock = iter([0.0, 2.0])
+    monkeypatch.setattr("lightning_mst.program.throughput._now", lambda trainer: next(clock))
+    trainer = SimpleNamespace(world_size=4, distributed_sampler_kwargs={"num_replicas": 2, "rank": 0})
+
+    throughput.on_train_batch_start(trainer, None, None, 0)
+    throughput.on_train_batch_end(trainer, None, None, {"input_ids": torch.zeros(1, 100)}, 0)
+
+    # 100 tokens in 2 seconds on each of 4 devices, which see 2 different batches: 200 tokens in 2 seconds.
+    assert 4 * logged["tokens_per_second"] == 100

@@ -6,9 +6,6 @@ import csv
 import importlib.util
 import json
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 
@@ -30,6 +27,7 @@ def test_a_run_writes_its_result_and_shows_a_summary(train, tmp_path, capsys):
     assert (result["sequence_length"], result["batch_size"]) == (64, 1)
     assert (result["model"], result["mst_name"], result["precision"]) == ("llama_small", "auto", "32-true")
     assert result["mst"]["mlp_chunks"] == "auto"
+    assert (result["strategy"], result["devices"]) == ("auto", 1)
     assert result["parameters"] > 10_000
     text = capsys.readouterr().out
     for shown in ("validation perplexity", "tokens per second", "peak memory (GiB)", str(tmp_path / "run")):
@@ -64,12 +62,16 @@ def test_validation_of_no_batches_leaves_the_perplexity_open(train):
     assert train("trainer.limit_val_batches=0")["val_perplexity"] is None
 
 
-def test_a_failed_run_leaves_no_older_result_behind(train, tmp_path):
+def test_a_failed_run_leaves_its_error_in_place_of_an_older_result(train, tmp_path):
     train()
     with pytest.raises(SystemExit):
         train("model.config.hidden_size=33")
 
-    assert not (tmp_path / "run" / "result.json").exists()
+    failure = json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))
+    assert failure.keys() == {"status", "error", "rank"}
+    assert (failure["status"], failure["rank"]) == ("failed", 0)
+    assert failure["error"].startswith("ConfigurationError: model: ")
+    assert "The hidden size (33)" in failure["error"]
 
 
 def test_without_callbacks_nothing_is_measured_and_nothing_is_invented(train):
@@ -85,10 +87,11 @@ def test_accumulated_batches_count_as_one_step(train):
     assert result["steps"] == len(result["losses"]) == 2
 
 
-def test_bf16_weights_train(train):
-    result = train("precision=bf16-true")
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
+def test_weights_of_every_precision_train(train, precision):
+    result = train(f"precision={precision}")
 
-    assert result["precision"] == "bf16-true"
+    assert result["precision"] == precision
     assert 0 < result["loss"] < 10
 
 
@@ -173,6 +176,10 @@ def run_badly(tiny, tmp_path, capsys):
     [
         ("precision=fp8", "Could not find 'precision/fp8'"),
         ("trainer.precision=fp8", "trainer: Precision 'fp8' is invalid"),
+        ("strategy=mst_dpp", "Could not find 'strategy/mst_dpp'"),
+        ("strategy=mst_fsdp", "strategy: FSDP1 trains on GPUs only. On CPUs, use strategy=mst_model_parallel"),
+        ("trainer.strategy=mst_dpp", "trainer.strategy: There is no strategy 'mst_dpp'. Did you mean mst_ddp or"),
+        ("trainer.strategy=lightning_mst.Nothing", "strategy: "),
         ("data.sequence_length=0", "data.sequence_length should be a whole number, 2 or more, got 0"),
         ("data.sequence_length=long", "data.sequence_length should be a whole number, 2 or more, got 'long'"),
         ("data.batch_size=null", "data.batch_size should be a whole number, 1 or more, got None"),
@@ -227,16 +234,3 @@ def test_a_number_that_json_does_not_know_becomes_null(tmp_path):
     write_result(tmp_path, {"loss": math.nan, "losses": [1.0, math.inf], "steps": 2})
 
     assert json.loads((tmp_path / "result.json").read_text()) == {"loss": None, "losses": [1.0, None], "steps": 2}
-
-
-@pytest.mark.slow
-def test_two_processes_train_together(tiny, tmp_path):
-    command = [sys.executable, "-m", "lightning_mst", "train", *tiny, "trainer=ddp", "trainer.accelerator=cpu"]
-    command += ["trainer.devices=2", f"hydra.run.dir='{tmp_path}'"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
-    assert result["steps"] == 2
-    assert result["val_perplexity"] > 1

@@ -18,10 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from cases import RANKS, build, head_alone, per_layer, per_mlp, rows  # noqa: E402
+from cases import RANKS, build, head_alone, per_layer, per_mlp, rows
 
-from lightning_mst import apply_mst  # noqa: E402
-from lightning_mst.sharding import shard_models  # noqa: E402
+from lightning_mst import apply_mst
+from lightning_mst.training.sharding import shard_models
 
 
 class CollectiveCounter(TorchDispatchMode):

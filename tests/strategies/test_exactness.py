@@ -63,7 +63,9 @@ def distance(got: list[dict[str, Tensor]], wanted: list[dict[str, Tensor]]) -> f
 
 def overall(got: list[dict[str, Tensor]], wanted: list[dict[str, Tensor]]) -> float:
     """As ``distance``, over all parameters together."""
-    parts = [(g[name].double() - w[name].double(), w[name].double()) for g, w in zip(got, wanted) for name in w]
+    parts = [
+        (g[name].double() - w[name].double(), w[name].double()) for g, w in zip(got, wanted, strict=True) for name in w
+    ]
     return (sum(d.norm() ** 2 for d, _ in parts) ** 0.5 / sum(w.norm() ** 2 for _, w in parts) ** 0.5).item()
 
 

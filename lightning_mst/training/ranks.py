@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_mst.rewrite.config import MSTConfig
 
-__all__ = ["agree_on_stretch", "any_rank", "check_same_settings", "lengths_may_differ", "mean_of_ranks"]
+__all__ = ["agree_on_longest", "any_rank", "check_same_settings", "have_own_batches", "mean_of_ranks"]
 
 
 def num_ranks() -> int:
@@ -32,7 +32,7 @@ def mean_of_ranks(value: Tensor) -> Tensor:
 def _max_of_ranks(value: float, device: torch.device) -> float:
     if num_ranks() == 1:
         return value
-    largest = torch.tensor(float(value), device=device)
+    largest = torch.tensor(value, dtype=torch.float64, device=device)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     return float(largest)
 
@@ -53,32 +53,31 @@ def check_same_settings(config: MSTConfig) -> None:
     for rank, other in enumerate(configs):
         if other != configs[0]:
             raise MisconfigurationException(
-                f"The ranks of a run need the same settings: rank 0 has {configs[0]}, rank {rank} has {other}. Take them"
-                " from something that all ranks share, such as the configuration."
+                f"The ranks of a run need the same settings: rank 0 has {configs[0]}, rank {rank} has {other}."
+                " Take them from something that all ranks share, such as the configuration."
             )
 
 
-def lengths_may_differ(strategy: Strategy, config: MSTConfig) -> bool:
-    """Whether two ranks may come to different numbers of mini-sequences by themselves.
-
-    They may if the number depends on the number of tokens and each rank has its own batches.
-    """
+def have_own_batches(strategy: Strategy) -> bool:
+    """Whether ranks see different batches, as they do unless all of them split the same matrices."""
     replicas = getattr(strategy, "distributed_sampler_kwargs", None) or {}
-    return isinstance(config.mlp_chunks, str) and replicas.get("num_replicas", 1) > 1
+    return replicas.get("num_replicas", 1) > 1
 
 
-def agree_on_stretch(strategy: Strategy, batch: Any) -> float:
-    """The most tokens in any rank's batch over those in this one's; one all-reduce of a number.
+def agree_on_longest(strategy: Strategy, batch: Any) -> tuple[int, int]:
+    """The most tokens in any rank's batch, and those in this one's; one all-reduce of a number.
 
     Args:
         strategy: the Trainer's.
         batch: tensors in any collection. The tokens are the most positions, (B, S, ...) -> B * S, of any of them.
+
+    Returns:
+        Both at least 1.
     """
-    sizes = [0]
+    sizes = [1]
     apply_to_collection(batch, Tensor, lambda tensor: sizes.append(tensor.shape[:2].numel()))
     own = max(sizes)
-    longest = _max_of_ranks(own, strategy.root_device)
-    return longest / own if own else 1.0
+    return int(_max_of_ranks(own, strategy.root_device)), own
 
 
 def any_rank(strategy: Strategy, happened: bool) -> bool:

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
-from lightning_mst.optimizer_in_backward import OptimizerInBackward
-from lightning_mst.ranks import any_rank
+from lightning_mst.in_backward import OptimizerInBackward
 from lightning_mst.rewrite.handle import MSTHandle, Row
-from lightning_mst.side_effects import Snapshot, without_side_effects
-from lightning_mst.token_weights import TokenWeights
-from lightning_mst.wrapping import wrapped
+from lightning_mst.training.ranks import any_rank
+from lightning_mst.training.side_effects import Snapshot, without_side_effects
+from lightning_mst.training.token_weights import TokenWeights
+from lightning_mst.training.wrapping import wrapped
 
 __all__ = ["RetryOutOfMemory", "explain", "is_out_of_memory"]
 
@@ -71,11 +71,13 @@ def explain(error: BaseException, handle: MSTHandle) -> str:
             "shorter sequences or a smaller batch; for weights, gradients and optimizer states, a sharding strategy"
             " (mst_model_parallel), OptimizerInBackward or bf16-true"
         )
-    return f"Memory ran out {where}, with {settings}, checkpoint_layers={config.checkpoint_layers!r}. Next, try {advice}."
+    return (
+        f"Memory ran out {where}, with {settings}, checkpoint_layers={config.checkpoint_layers!r}. Next, try {advice}."
+    )
 
 
 def _row_of(traceback: TracebackType | None, handle: MSTHandle) -> Row | None:
-    """The block in which an error was raised: the innermost module that a frame belongs to, or whose weights it used."""
+    """The block in which an error was raised: the innermost to which a frame belongs, or whose weights it used."""
     names: dict[int, str] = {id(module): name for name, module in handle.model.named_modules()}
     of_weights = {id(p): name.rpartition(".")[0] for name, p in handle.model.named_parameters()}
     found: Row | None = None
@@ -136,7 +138,9 @@ class RetryOutOfMemory(Callback):
                 " mlp_chunks and lm_head_chunks."
             )
         if getattr(strategy, "_ddp_kwargs", {}).get("static_graph"):
-            raise MisconfigurationException("on_oom='retry' does not go with DDP's static_graph=True. Drop one of them.")
+            raise MisconfigurationException(
+                "on_oom='retry' does not go with DDP's static_graph=True. Drop one of them."
+            )
         if not pl_module.automatic_optimization:
             raise MisconfigurationException(
                 "on_oom='retry' repeats the training step, which manual optimization turns into two steps. Use"
@@ -184,7 +188,8 @@ class RetryOutOfMemory(Callback):
     def _backward(
         self, trainer: Trainer, backward: Callable[..., Tensor], loss: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
-        assert self._run_training_step is not None
+        training_step = self._run_training_step
+        assert training_step is not None
         attempts = 0
 
         def run() -> Tensor:
@@ -199,7 +204,7 @@ class RetryOutOfMemory(Callback):
                 if self._weights is not None:
                     self._weights.weight = weight
                 with without_side_effects(trainer.lightning_module):
-                    output = self._run_training_step(*step_args)
+                    output = training_step(*step_args)
                 again = output["loss"] if isinstance(output, Mapping) else output
                 result = backward(again / trainer.accumulate_grad_batches, *args, **kwargs)
             return result
@@ -236,6 +241,9 @@ class RetryOutOfMemory(Callback):
             # Without these, what the pass had computed would stay in memory: a traceback holds all variables.
             error = result = None
             undo()
+            if isinstance(trainer.strategy.model, DistributedDataParallel):
+                # DDP sends buffers around before a forward pass, and notes so after it: not all ranks got there.
+                trainer.strategy.model.require_forward_param_sync = False
             handle.pace.factor *= 2
             _log.warning(
                 "%s Now the step is repeated with %d times as many mini-sequences as these settings say.",

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_mst.ranks import mean_of_ranks
-from lightning_mst.wrapping import wrapped
+from lightning_mst.training.ranks import mean_of_ranks
+from lightning_mst.training.wrapping import wrapped
 
 __all__ = ["TokenWeights", "count_labels"]
 

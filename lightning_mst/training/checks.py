@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 
 from lightning_mst.rewrite.config import MSTConfig
-from lightning_mst.sharding import check_still_tied
+from lightning_mst.training.sharding import check_still_tied
 
 __all__ = ["check_model", "check_trainer"]
 
@@ -42,8 +42,8 @@ def check_trainer(trainer: Any, config: MSTConfig) -> None:
     settings = getattr(trainer.strategy, "mst", None)
     if isinstance(settings, MSTConfig) and settings != config:
         raise MisconfigurationException(
-            f"The strategy and the MSTCallback have different settings: {settings} and {config}. Give them to one of the"
-            " two; the other takes them over."
+            f"The strategy and the MSTCallback have different settings: {settings} and {config}. Give them to one"
+            " of the two; the other takes them over."
         )
     if isinstance(trainer.precision_plugin, TransformerEnginePrecision):
         raise MisconfigurationException(
@@ -74,6 +74,6 @@ def check_model(model: nn.Module, config: MSTConfig) -> None:
 def _twice(other: str, config: MSTConfig) -> str:
     return (
         f"Activation checkpointing is switched on twice, by {other} and by checkpoint_layers="
-        f"{config.checkpoint_layers!r}, so that each layer would be computed three times. Keep one: drop the first, or set"
-        " checkpoint_layers='none'."
+        f"{config.checkpoint_layers!r}, so that each layer would be computed three times. Keep one: drop the first, or"
+        " set checkpoint_layers='none'."
     )

@@ -75,8 +75,8 @@ def check_tied_weights(model: nn.Module, units: set[nn.Module]) -> None:
             if other != unit_of[module]:
                 raise MisconfigurationException(
                     f"{first} and {name}.{key} are one tied weight, but the FSDP policy shards them in different units"
-                    f" ({other or 'the root'} and {unit_of[module] or 'the root'}). Leave both modules out of the policy:"
-                    " they then belong to the root's unit."
+                    f" ({other or 'the root'} and {unit_of[module] or 'the root'}). Leave both modules out of the"
+                    " policy: they then belong to the root's unit."
                 )
 
 
@@ -163,7 +163,7 @@ def check_still_tied(model: nn.Module) -> None:
         embedding, head = module.get_input_embeddings(), module.get_output_embeddings()
         if head is not None and isinstance(head.weight, DTensor) and head.weight is not embedding.weight:
             raise MisconfigurationException(
-                f"{name or type(module).__name__} ties its LM head to its embedding, but fully_shard made two weights of"
-                " theirs, because one of them was sharded as a unit of its own. Call fully_shard on the model alone for"
-                " the two."
+                f"{name or type(module).__name__} ties its LM head to its embedding, but fully_shard made two weights"
+                " of theirs, because one of them was sharded as a unit of its own. Call fully_shard on the model"
+                " alone for the two."
             )
