@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_mst.ops.chunking import mlp_num_chunks
 from lightning_mst.ops.token_wise import token_wise
+from lightning_mst.rewrite.fsdp1 import weights_of
 from lightning_mst.rewrite.pace import Pace
 from lightning_mst.rewrite.routers import announce, overheard
 from lightning_mst.rewrite.stand_in import true_shape
@@ -95,7 +96,7 @@ class Call:
                 result = finish(result)
             return layout.pack([result, *said], tokens=tensors[0].shape[:-1].numel())
 
-        parameters = [*(p for part in parts for p in part.parameters()), *finish_parameters]
+        parameters = [*(p for part in parts for p in weights_of(part)), *finish_parameters]
         if any(p.shape != true_shape(p) for p in parameters):
             raise RuntimeError(
                 f"The weights of {type(parts[0]).__name__} are in pieces (DeepSpeed's ZeRO-3), but its mini-sequences "

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_mst.ops.context import AutocastState
 from lightning_mst.ops.deferred_output import DeferredOutput, defer_output
 from lightning_mst.rewrite.call import Call
+from lightning_mst.rewrite.fsdp1 import weights_of
 from lightning_mst.rewrite.pace import Pace
 from lightning_mst.rewrite.shadow import form_of, original_forward, shadow_method
 from lightning_mst.rewrite.structure import linear_shape
@@ -89,4 +90,4 @@ def _joining_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     form: _JoiningForm = form_of(self)
     if form.notes:
         form.joined = args[0]
-    return args[0].finish(forward, self.parameters())
+    return args[0].finish(forward, weights_of(self))

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from lightning.pytorch import LightningModule
+from torch import Tensor
 from torchmetrics import Metric
 
 __all__ = ["Snapshot", "without_side_effects"]
@@ -28,13 +29,14 @@ class Snapshot:
         ]
 
     def restore(self) -> None:
-        """Puts them back."""
+        """Puts them back, as often as wanted."""
         with torch.no_grad():
             for buffer, before in self._buffers:
                 buffer.copy_(before)
         for metric, state, count, computed in self._metrics:
             for name, value in state.items():
-                setattr(metric, name, value)
+                # A copy: metrics add to their states in place.
+                setattr(metric, name, value.clone() if isinstance(value, Tensor) else list(value))
             metric._update_count, metric._computed = count, computed
 
 

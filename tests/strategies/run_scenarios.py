@@ -42,7 +42,7 @@ def train(module: Module, strategy: str, callback: MSTCallback, **options: Any) 
 class OwnBatches(Module):
     """Each rank has its own batches."""
 
-    def __init__(self, batches: list[list[Tensor]], **options: Any) -> None:
+    def __init__(self, batches: list[list[tuple[Tensor, Tensor]]], **options: Any) -> None:
         super().__init__(build(), **options)
         self.batches = batches
 
@@ -52,6 +52,7 @@ class OwnBatches(Module):
 
 
 def batches(*lengths: int, ignored: bool = False) -> list[tuple[Tensor, Tensor]]:
+    """Sequences of these lengths with their labels."""
     generator = torch.Generator().manual_seed(sum(lengths))
     ids = [torch.randint(VOCAB, (1, length), generator=generator) for length in lengths]
     return [(row, torch.full_like(row, -100) if ignored else row) for row in ids]
@@ -164,8 +165,20 @@ SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
+def fail() -> None:
+    class Failing(OwnBatches):
+        def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+            if self.global_rank == 1 and batch_idx == 1:
+                raise ValueError("rank 1 can't go on")
+            return super().training_step(batch, batch_idx)
+
+    train(Failing([batches(21, 22), batches(21, 22)]), "mst_model_parallel", MSTCallback(mlp_chunks=3))
+
+
 def main() -> None:
     file, *names = sys.argv[1:]
+    if names == ["--fail"]:
+        fail()
     results: dict[str, Any] = {}
     for name in names:
         try:
