@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import fields
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
@@ -27,6 +28,7 @@ from lightning_mst.rewrite.zero3 import gather_whole_blocks
 from lightning_mst.training.checks import check_model, check_trainer
 from lightning_mst.training.out_of_memory import RetryOutOfMemory, explain, is_out_of_memory
 from lightning_mst.training.ranks import agree_on_longest, check_same_settings, have_own_batches
+from lightning_mst.training.sharding import shard_fsdp1
 from lightning_mst.training.side_effects import without_side_effects
 from lightning_mst.training.token_weights import TokenWeights, count_labels
 from lightning_mst.training.wrapping import wrapped
@@ -113,10 +115,14 @@ class MSTCallback(Callback):
 
         # Called after configure_model, which may only now build or shard the model.
         def rewrite_first(strategy_setup: Callable[[Trainer], None], trainer: Trainer) -> None:
-            self._apply(trainer, pl_module)
-            strategy_setup(trainer)
-            if isinstance(trainer.strategy, DeepSpeedStrategy):
-                assert self.handle is not None
+            self.handle = self._apply(trainer, pl_module)
+            strategy = trainer.strategy
+            if isinstance(strategy, FSDPStrategy):
+                with wrapped(strategy, "_setup_model", partial(shard_fsdp1, strategy, self.handle)):
+                    strategy_setup(trainer)
+            else:
+                strategy_setup(trainer)
+            if isinstance(strategy, DeepSpeedStrategy):
                 # Only now: it changes what DeepSpeed's engine has just put on the modules.
                 gather_whole_blocks(self.handle)
 
@@ -199,13 +205,14 @@ class MSTCallback(Callback):
             helpers.append(RetryOutOfMemory(self, weights))
         return helpers
 
-    def _apply(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _apply(self, trainer: Trainer, pl_module: LightningModule) -> MSTHandle:
         check_model(pl_module, self.config)
-        self.handle = apply_mst(pl_module, self.config)
-        self.handle.pace.shared = have_own_batches(trainer.strategy)
+        handle = apply_mst(pl_module, self.config)
+        handle.pace.shared = have_own_batches(trainer.strategy)
         if not self._printed and trainer.is_global_zero and not self.config.asks_for_nothing:
-            self.handle.print()
+            handle.print()
         self._printed = True
+        return handle
 
     def _end(self, trainer: Trainer) -> None:
         for optimizer in trainer.strategy.optimizers:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_mst.frozen_base import check_same_base, describe_frozen, has_frozen_base, without_frozen
+from lightning_mst.in_backward import OptimizerInBackward
 from lightning_mst.metrics import Perplexity
 from lightning_mst.training.random_states import random_states, random_states_of_all_processes, set_random_states
 from lightning_mst.training.token_weights import TokenWeights
@@ -31,8 +32,8 @@ class CausalLM(pl.LightningModule):
     (``labels[b, s]`` belongs to ``input_ids[b, s]``; the model shifts them, as transformers does), and ``-100`` marks
     a token that does not count.
 
-    Logs ``train_loss`` at each step, and over each validation ``val_loss`` (mean over all counted tokens, nats) and
-    ``val_perplexity``. Neither needs logits, so both stay small with a mini-sequence LM head.
+    Logs ``train_loss`` (of this process's batch) at each step, and over each validation ``val_loss`` (mean over all
+    counted tokens, nats) and ``val_perplexity``. None needs logits, so all stay small with a mini-sequence LM head.
 
     With PEFT adapters or quantized weights, checkpoints hold what is trained, and of the frozen weights a description
     by which a resuming run recognises them: they come from where the model comes from.
@@ -74,6 +75,7 @@ class CausalLM(pl.LightningModule):
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Loss of one batch, logged as ``train_loss``."""
         loss = self(batch["input_ids"], batch["labels"])
+        # Without sync_dist: where on_oom="retry" repeats the step, not all processes get here equally often.
         self.log("train_loss", loss, prog_bar=True, on_step=True, on_epoch=False)
         return loss
 
@@ -135,6 +137,17 @@ class CausalLM(pl.LightningModule):
         if has_frozen_base(self.model) or "frozen_weights" in checkpoint:
             check_same_base(checkpoint, self)
             self.strict_loading = False  # what is missing was looked through
+
+    @override
+    def on_fit_start(self) -> None:
+        """Lets optimizers step in the backward pass of the model as it is distributed, without an MSTCallback, too.
+
+        Raises:
+            MisconfigurationException: the Trainer needs all gradients at a time.
+        """
+        for optimizer in self.trainer.optimizers:
+            if isinstance(optimizer, OptimizerInBackward):
+                optimizer.connect(self.trainer)
 
     @override
     def on_train_start(self) -> None:

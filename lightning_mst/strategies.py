@@ -21,19 +21,17 @@ from lightning.pytorch.strategies import (
 )
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_mst.callback import MSTCallback
 from lightning_mst.rewrite.config import MSTConfig
+from lightning_mst.rewrite.handle import MSTHandle
 from lightning_mst.training.sharding import (
     check_all_sharded,
-    check_tied_weights,
     layer_policy,
     shard_models,
-    wrapped_by,
 )
 
 __all__ = [
@@ -43,6 +41,9 @@ __all__ = [
     "MSTModelParallelStrategy",
     "MSTSingleDeviceStrategy",
 ]
+
+
+_FSDP2_PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-true")
 
 
 class _WithMST(Strategy):
@@ -68,10 +69,12 @@ class _WithMST(Strategy):
             # First, as checkpoints are to be the last.
             callbacks.insert(0, MSTCallback.of_config(self.mst or MSTConfig()))
 
-    def _callback(self) -> MSTCallback:
+    def _handle(self) -> MSTHandle:
         assert self.lightning_module is not None
         callbacks = self.lightning_module.trainer.callbacks
-        return next(callback for callback in callbacks if isinstance(callback, MSTCallback))
+        handle = next(callback for callback in callbacks if isinstance(callback, MSTCallback)).handle
+        assert handle is not None
+        return handle
 
 
 class MSTSingleDeviceStrategy(_WithMST, SingleDeviceStrategy):
@@ -124,13 +127,19 @@ class MSTFSDPStrategy(_WithMST, FSDPStrategy):
         self._has_own_policy = "auto_wrap_policy" in self.kwargs
 
     @override
-    def _setup_model(self, model: nn.Module) -> nn.Module:
+    def setup_environment(self) -> None:
+        # Lightning's own check looks for its own class.
+        if self.root_device.type == "cpu":
+            raise MisconfigurationException(
+                "strategy='mst_fsdp' needs GPUs, got CPUs. Use 'mst_model_parallel' (FSDP2) or 'mst_ddp' there."
+            )
+        super().setup_environment()
+
+    @override
+    def setup(self, trainer: Trainer) -> None:
         if not self._has_own_policy:
-            handle = self._callback().handle
-            assert handle is not None
-            self.kwargs["auto_wrap_policy"] = layer_policy(handle.layers)
-        check_tied_weights(model, wrapped_by(self.kwargs["auto_wrap_policy"], model))
-        return super()._setup_model(model)
+            self.kwargs["auto_wrap_policy"] = layer_policy(self._handle().layers)
+        super().setup(trainer)
 
     @override
     def setup_precision_plugin(self) -> None:
@@ -140,8 +149,14 @@ class MSTFSDPStrategy(_WithMST, FSDPStrategy):
 
     def _clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
         if clip_val > 0:
-            assert isinstance(self.model, FullyShardedDataParallel)
-            self.model.clip_grad_norm_(clip_val)
+            assert self.model is not None
+            roots = FullyShardedDataParallel.fsdp_modules(self.model, root_only=True)
+            if len(roots) != 1:
+                raise MisconfigurationException(
+                    f"Clipping by norm needs one FSDP root, which knows the norm of all gradients, got {len(roots)}."
+                    " Wrap the whole model in configure_model, or leave the wrapping to the strategy."
+                )
+            roots[0].clip_grad_norm_(clip_val)
 
 
 class MSTModelParallelStrategy(_WithMST, ModelParallelStrategy):
@@ -188,6 +203,12 @@ class MSTModelParallelStrategy(_WithMST, ModelParallelStrategy):
 
     @override
     def setup_environment(self) -> None:
+        precision = self.precision_plugin.precision
+        if precision not in _FSDP2_PRECISIONS:  # Lightning itself says so only of a strategy that is no name
+            raise MisconfigurationException(
+                f"strategy='mst_model_parallel' does not support precision={precision!r}. Choose one of"
+                f" {', '.join(_FSDP2_PRECISIONS)}."
+            )
         ranks, group = self.num_nodes * self.num_processes, self._tensor_parallel_size
         if self._data_parallel_size == "auto":
             if ranks % group != 0:
@@ -212,8 +233,8 @@ class MSTModelParallelStrategy(_WithMST, ModelParallelStrategy):
 
 
 class MSTDeepSpeedStrategy(_WithMST, DeepSpeedStrategy):
-    """Lightning's DeepSpeed with mini-sequences; as ``strategy="mst_deepspeed_stage_2"``, ``"mst_deepspeed_stage_3"`` or
-    ``"mst_deepspeed_stage_3_offload"``.
+    """Lightning's DeepSpeed with mini-sequences; as ``strategy="mst_deepspeed_stage_2"``, ``"mst_deepspeed_stage_3"``,
+    or ``"mst_deepspeed_stage_3_offload"``.
 
     Under ZeRO-3 the weights of a rewritten block are gathered once for all its mini-sequences.
     """

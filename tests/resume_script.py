@@ -2,7 +2,7 @@
 
 python resume_script.py FOLDER STRATEGY RANK...    # trains into FOLDER until these ranks kill themselves
 python resume_script.py FOLDER single              # the same on one device, killed while it writes a checkpoint
-python resume_script.py FOLDER compare STRATEGY=KILLED...  # see `compare`
+python resume_script.py FOLDER compare STRATEGY=RUN...     # see `compare`
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import random
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +20,29 @@ import numpy as np
 import torch
 from fsspec.implementations import local
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch.optim.lr_scheduler import OneCycleLR
+from transformers import LlamaConfig, LlamaForCausalLM, get_cosine_schedule_with_warmup
 
 from lightning_mst import MSTCallback
 from lightning_mst.causal_lm import CausalLM
 from lightning_mst.data import TextDataModule
+from lightning_mst.strategies import MSTModelParallelStrategy
 
 STEPS_PER_EPOCH, STEPS = 6, 11
+SCHEDULES = {
+    "one cycle": partial(OneCycleLR, max_lr=2e-3, total_steps=STEPS),  # of betas, too
+    "cosine": partial(get_cosine_schedule_with_warmup, num_warmup_steps=2, num_training_steps=STEPS),
+}
 KILLED_IN_STEP, LAST_CHECKPOINT = 10, 8  # steps 10 and 8 are the fourth and the second of the second epoch
 
 
 class ShardedCausalLM(CausalLM):
-    """A unit of FSDP2 per decoder layer, and one for the rest."""
+    """For Lightning's own strategy: one unit of FSDP2."""
 
     def configure_model(self) -> None:
-        mesh = self.device_mesh["data_parallel"]
-        for layer in self.model.model.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(self.model, mesh=mesh)
+        fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
 
 
 class Kill(pl.Callback):
@@ -86,15 +90,18 @@ def llama(seed: int = 0) -> LlamaForCausalLM:
 
 
 def trainer_for(strategy: str, callbacks: list[pl.Callback], **options: Any) -> pl.Trainer:
-    made: Any = {
-        "single": "auto",
-        "ddp": DDPStrategy(),
-        "fsdp2": ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),
-    }[strategy]
+    with_mst = any(isinstance(callback, MSTCallback) for callback in callbacks)
+    sharded: Any = MSTModelParallelStrategy if with_mst else ModelParallelStrategy
+    sizes = {"data_parallel_size": 2, "tensor_parallel_size": 1}
     return pl.Trainer(
         accelerator="cpu",
         devices=1 if strategy == "single" else 2,
-        strategy=made,
+        strategy={
+            "single": "auto",
+            "ddp": "ddp",
+            "fsdp2": sharded(**sizes),
+            "fsdp2 in one file": sharded(**sizes, save_distributed_checkpoint=False),
+        }[strategy],
         callbacks=callbacks,
         enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
         logger=False,
@@ -110,6 +117,7 @@ def train(
     name: str,
     *,
     mst: bool = True,
+    schedule: str = "one cycle",
     resume: Path | None = None,
     kill: list[int] | None = None,
     seed: int = 0,
@@ -118,15 +126,17 @@ def train(
 
     Args:
         folder: With the texts in ``texts``.
-        strategy: ``"single"``, ``"ddp"`` or ``"fsdp2"``.
+        strategy: ``"single"``, ``"ddp"``, ``"fsdp2"`` or ``"fsdp2 in one file"``, which is how it writes checkpoints.
         name: Of the folder in ``folder`` to write to.
         mst: Whether mini-sequences are used.
+        schedule: Of the learning rate.
         resume: Checkpoint to go on from.
         kill: Ranks that kill themselves.
         seed: Decides weights and random states at the beginning.
     """
     batches = data(folder, 1 if strategy == "single" else 2)
-    module = (ShardedCausalLM if strategy == "fsdp2" else CausalLM)(llama(seed))
+    shards_itself = strategy.startswith("fsdp2") and not mst
+    module = (ShardedCausalLM if shards_itself else CausalLM)(llama(seed), scheduler=SCHEDULES[schedule])
     saving = ModelCheckpoint(folder / name, filename="{step}", every_n_train_steps=2, save_top_k=-1)
     callbacks: list[pl.Callback] = [saving]
     if mst:
@@ -140,20 +150,25 @@ def train(
     trainer.save_checkpoint(folder / name / "final.ckpt")
 
 
-def compare(folder: Path, strategy: str, killed: str) -> None:
+def compare(folder: Path, strategy: str, run: str) -> None:
     """All runs of a strategy that end: whole, resumed, then resumed without mini-sequences and from there with them.
+
+    Then whole and resumed with the other schedule.
 
     Args:
         folder: As for :func:`train`.
         strategy: As for :func:`train`.
-        killed: Name of the run that was killed.
+        run: Name of the run to resume, such as one that was killed.
     """
-    last = folder / killed / f"step={LAST_CHECKPOINT}.ckpt"
+    last = folder / run / f"step={LAST_CHECKPOINT}.ckpt"
     train(folder, strategy, f"{strategy} whole")
     train(folder, strategy, f"{strategy} resumed", resume=last, seed=5)
     train(folder, strategy, f"{strategy} without", resume=last, seed=5, mst=False)
     written_without = folder / f"{strategy} without" / f"step={KILLED_IN_STEP}.ckpt"
     train(folder, strategy, f"{strategy} with again", resume=written_without, seed=5)
+    last = folder / f"{strategy} cosine" / f"step={LAST_CHECKPOINT}.ckpt"
+    train(folder, strategy, f"{strategy} cosine", schedule="cosine")
+    train(folder, strategy, f"{strategy} cosine resumed", schedule="cosine", resume=last, seed=5)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,13 @@ def test_the_qlora_example_trains_adapters_on_4_bit_weights(tmp_path):
     assert float(re.search(r"train_loss: ([\d.]+)", output)[1]) < 6.5  # random guesses: 6.9
 
 
+def test_the_sharded_example_trains_on_two_processes(tmp_path):
+    output = run("sharded_trainer.py", tmp_path)
+    assert "FSDPLlamaDecoderLayer" in output
+    assert float(re.search(r"train_loss: ([\d.]+)", output)[1]) < 8
+    assert float(re.search(r"peak_memory_gib: ([\d.]+)", output)[1]) > 0.05
+
+
 def test_every_example_is_tested_and_listed():
     names = {path.name for path in EXAMPLES.glob("*.py")}
     assert names == set(re.findall(r"run\(\"(\w+\.py)\"", Path(__file__).read_text()))

@@ -24,7 +24,7 @@ def test_every_link_inside_the_repository_leads_somewhere(target):
     assert (Path(ROOT) / target).exists()
 
 
-@pytest.mark.parametrize("group", ["model", "mst", "precision", "data", "optimizer", "experiment"])
+@pytest.mark.parametrize("group", ["model", "mst", "strategy", "precision", "data", "optimizer", "experiment"])
 def test_every_choice_of_the_configuration_is_listed(group):
     for file in (ROOT / "conf" / group).glob("[!_]*.yaml"):
         assert f"`{file.stem}`" in TEXT, f"{group}={file.stem} is not in the README"

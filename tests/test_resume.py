@@ -24,7 +24,7 @@ from lightning_mst.causal_lm import CausalLM
 pytestmark = pytest.mark.slow
 
 KILLS = {"single": ["single"], "ddp": ["ddp 0 1", "ddp 0", "ddp 1"], "fsdp2": ["fsdp2 1"]}
-STRATEGIES = list(KILLS)
+STRATEGIES = [*KILLS, "fsdp2 in one file"]
 LIGHTNING_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "NODE_RANK", "LOCAL_RANK", "PL_GLOBAL_SEED")
 
 
@@ -69,9 +69,11 @@ def killed(folder: Path) -> dict[str, Launch]:
 def finals(folder: Path, killed: dict[str, Launch]) -> dict[str, dict[str, Any]]:
     """Name -> the checkpoint at the end of each run that was not killed."""
     script.compare(folder, "single", "single killed")
-    ended = launch(folder, "compare", "ddp=ddp killed 0 1", "fsdp2=fsdp2 killed 1")
+    in_one_file = "fsdp2 in one file=fsdp2 in one file whole"
+    ended = launch(folder, "compare", "ddp=ddp killed 0 1", "fsdp2=fsdp2 killed 1", in_one_file)
     assert ended.returncode == 0, ended.output[-3000:]
-    runs = [f"{strategy} {run}" for strategy in STRATEGIES for run in ("whole", "resumed", "without", "with again")]
+    names = ("whole", "resumed", "without", "with again", "cosine", "cosine resumed")
+    runs = [f"{strategy} {run}" for strategy in STRATEGIES for run in names]
     return {run: load(folder / run / "final.ckpt") for run in runs}
 
 
@@ -102,9 +104,10 @@ def check_same(actual: Any, expected: Any, name: str) -> None:
         assert actual == expected, name
 
 
+@pytest.mark.parametrize(("first", "second"), [("whole", "resumed"), ("cosine", "cosine resumed")])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_killed_run_resumes_bit_for_bit(finals: dict[str, Any], strategy: str) -> None:
-    whole, resumed = finals[f"{strategy} whole"], finals[f"{strategy} resumed"]
+def test_a_killed_run_resumes_bit_for_bit(finals: dict[str, Any], strategy: str, first: str, second: str) -> None:
+    whole, resumed = finals[f"{strategy} {first}"], finals[f"{strategy} {second}"]
     assert whole["global_step"] == script.STEPS
     # All but where ModelCheckpoint keeps its files: weights, optimizer, loops, random states of every rank.
     assert len([key for key in whole if key.startswith("optimizer")]) == 1
@@ -117,7 +120,7 @@ def test_every_rank_has_dropout_of_its_own(finals: dict[str, Any]) -> None:
     assert not torch.equal(first["cpu"], second["cpu"])
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", KILLS)
 def test_a_kill_leaves_the_checkpoints_before_it(folder: Path, killed: dict[str, Launch], finals: Any, strategy: str):
     expected = load(folder / f"{strategy} whole" / f"step={script.LAST_CHECKPOINT}.ckpt")
     for name in KILLS[strategy]:

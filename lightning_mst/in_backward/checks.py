@@ -61,7 +61,10 @@ def problems_of_trainer(trainer: Trainer) -> list[str]:
 
     problems = []
     if trainer.gradient_clip_val:
-        problems.append(f"gradient_clip_val={trainer.gradient_clip_val} (set it to None)")
+        problems.append(
+            f"gradient_clip_val={trainer.gradient_clip_val} (set it to None; in our program, "
+            "trainer.gradient_clip_val=null)"
+        )
     if is_overridden("configure_gradient_clipping", trainer.lightning_module):
         problems.append("a configure_gradient_clipping of the LightningModule's own (remove it)")
     if trainer.accumulate_grad_batches != 1:

@@ -25,7 +25,7 @@ class Stepper:
         self.optimizer = optimizer
         self.gradients_are_complete = False
         self._groups: dict[Tensor, int] = {}  # by position: a loaded checkpoint replaces the dictionaries
-        self._hooks: list[RemovableHandle] = []
+        self._hooks: dict[Tensor, RemovableHandle] = {}
         self._all_reduces: list[AllReduce] = []
         self._stepped: set[Tensor] = set()
         self._lock = threading.Lock()  # a model on several devices has a backward thread for each
@@ -38,8 +38,7 @@ class Stepper:
         _drop_hook(parameter)
         if not any(each.give(parameter, self) for each in self._all_reduces):
             handle = parameter.register_post_accumulate_grad_hook(self._on_gradient)
-            self._hooks.append(handle)
-            _HOOKS[parameter] = handle
+            self._hooks[parameter] = _HOOKS[parameter] = handle
 
     def follow(self, all_reduce: AllReduce) -> None:
         """Steps the parameters of a DDP model behind its all-reduce, where their gradients are complete."""
@@ -50,11 +49,14 @@ class Stepper:
 
     def remove(self) -> None:
         """Steps no parameter any more."""
-        for handle in self._hooks:
+        for parameter, handle in self._hooks.items():
             handle.remove()
+            # What is left would be a weak reference, with which torch refuses to move a sharded weight.
+            if _HOOKS.get(parameter) is handle:
+                del _HOOKS[parameter]
         for all_reduce in self._all_reduces:
             all_reduce.take_back(self)
-        self._hooks, self._all_reduces = [], []
+        self._hooks, self._all_reduces = {}, []
 
     def begin(self) -> None:
         """Lets every parameter be stepped again."""

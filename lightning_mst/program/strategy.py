@@ -7,11 +7,11 @@ import difflib
 import lightning.pytorch as pl
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import FSDPStrategy, Strategy, StrategyRegistry
 from omegaconf import DictConfig
 
 from lightning_mst.program.errors import ConfigurationError
+from lightning_mst.strategies import MSTFSDPStrategy
 
 __all__ = ["build_strategy", "check_strategy", "strategy_name"]
 
@@ -52,7 +52,7 @@ def strategy_name(choice: DictConfig | str | None) -> str:
     return choice["_target_"] if choice else "auto"
 
 
-def check_strategy(trainer: pl.Trainer, module_class: type[LightningModule]) -> None:
+def check_strategy(trainer: pl.Trainer) -> None:
     """Find what a strategy can't do before any work, where Lightning would find it after a step or not at all.
 
     Raises:
@@ -65,8 +65,8 @@ def check_strategy(trainer: pl.Trainer, module_class: type[LightningModule]) -> 
             "strategy: FSDP1 trains on GPUs only. On CPUs, use strategy=mst_model_parallel (FSDP2)"
         )
     by_norm = bool(trainer.gradient_clip_val) and trainer.gradient_clip_algorithm in (None, "norm")
-    if by_norm and module_class.configure_gradient_clipping is LightningModule.configure_gradient_clipping:
+    if by_norm and not isinstance(trainer.strategy, MSTFSDPStrategy):
         raise ConfigurationError(
-            f"trainer.gradient_clip_val: Lightning can't clip gradients that FSDP1 shards by their norm, got"
-            f" {trainer.gradient_clip_val}. Set trainer.gradient_clip_val=null, or strategy=mst_model_parallel (FSDP2)"
+            f"trainer.gradient_clip_val: Lightning's FSDP can't clip gradients by their norm, got"
+            f" {trainer.gradient_clip_val}. Set strategy=mst_fsdp, which can, or trainer.gradient_clip_val=null"
         )

@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -46,7 +47,7 @@ def train(config: DictConfig) -> dict[str, Any]:
         config: As composed from ``conf/config.yaml``.
 
     Returns:
-        What ``result.json`` holds: ``status``, ``loss`` (of the last step), ``losses`` (one per step),
+        What ``result.json`` holds: ``status``, ``loss`` (of the last step), ``losses`` (one per step of this run),
         ``val_perplexity``, ``val_loss``, ``tokens_per_second``, ``peak_memory_gib`` (the highest of all steps),
         ``steps``, ``sequence_length``, ``batch_size`` (per device), ``parameters``, ``trainable_parameters``,
         ``model``, ``mst`` (its settings), ``mst_name``, ``precision``, ``strategy``, ``devices`` (of all machines),
@@ -99,7 +100,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     validation: dict[str, Any] = {}
     with ending_together(trainer, Path(config.output_dir)):
         try:
-            trainer.fit(module, datamodule=datamodule)
+            trainer.fit(module, datamodule=datamodule, ckpt_path=config.ckpt_path)
         except (ValueError, MisconfigurationException) as error:
             if history.started:
                 raise
@@ -142,7 +143,8 @@ def check_config(config: DictConfig) -> None:
     """Find what can be told to be wrong before anything is built.
 
     Raises:
-        ConfigurationError: A mandatory value is missing, or a number makes no sense.
+        ConfigurationError: A mandatory value is missing, a number makes no sense, or the checkpoint to go on from is
+            not there.
     """
     missing = missing_keys(OmegaConf.to_container(config, resolve=False))
     if missing:
@@ -152,6 +154,9 @@ def check_config(config: DictConfig) -> None:
         value = OmegaConf.select(config, key)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ConfigurationError(f"{key} should be a whole number, {least} or more, got {value!r}")
+    with configuration_of("ckpt_path"):
+        if config.ckpt_path is not None and not get_filesystem(config.ckpt_path).exists(config.ckpt_path):
+            raise ConfigurationError(f"ckpt_path: There is no checkpoint {config.ckpt_path!r}, neither file nor folder")
 
 
 def missing_keys(value: Any, key: str = "") -> list[str]:
@@ -217,7 +222,7 @@ def build_trainer(config: DictConfig, history: History) -> pl.Trainer:
         "enable_progress_bar": any(isinstance(callback, ProgressBar) for callback in callbacks),
     }
     trainer = build_bare_trainer(config, **options)
-    check_strategy(trainer, CausalLM)
+    check_strategy(trainer)
     return trainer
 
 

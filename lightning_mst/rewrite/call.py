@@ -14,7 +14,7 @@ from lightning_mst.ops.token_wise import token_wise
 from lightning_mst.rewrite.fsdp1 import weights_of
 from lightning_mst.rewrite.pace import Pace
 from lightning_mst.rewrite.routers import announce, overheard
-from lightning_mst.rewrite.stand_in import true_shape
+from lightning_mst.rewrite.stand_in import true_shape, units_inside
 
 
 class Call:
@@ -96,6 +96,9 @@ class Call:
                 result = finish(result)
             return layout.pack([result, *said], tokens=tensors[0].shape[:-1].numel())
 
+        for part in parts:
+            if (reason := units_inside(part)) is not None:
+                raise RuntimeError(f"{type(part).__name__} can't run in mini-sequences: {reason}.")
         parameters = [*(p for part in parts for p in weights_of(part)), *finish_parameters]
         if any(p.shape != true_shape(p) for p in parameters):
             raise RuntimeError(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_mst.rewrite.fsdp1 import is_fsdp1_unit
 from lightning_mst.rewrite.joining import has_joined, rewrite_joining, rewrite_pair
 from lightning_mst.rewrite.mlp import rewrite_mlp
 from lightning_mst.rewrite.shadow import original_method
@@ -82,6 +83,8 @@ def _may_follow(module: nn.Module, width: int) -> bool:
 
 def _first_answer(layer: nn.Module, trial: Callable[[nn.Module], Any]) -> Any:
     """The trial's answer with the first kind of attention for which the layer runs."""
+    if any(is_fsdp1_unit(part) for part in layer.modules()):
+        return None  # can't be copied
     for values in (2, 1, 3):
         twin = stand_in(layer, "meta").train()
         _replace_attention(twin, values)

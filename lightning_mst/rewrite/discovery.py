@@ -14,7 +14,7 @@ from lightning_mst.rewrite.dataflow import ATTENTION, find_pair, follower_of
 from lightning_mst.rewrite.joining import rewrite_pair
 from lightning_mst.rewrite.mlp import FEED_FORWARD_METHODS, rewrite_method, rewrite_mlp
 from lightning_mst.rewrite.probe import Verdict, probe
-from lightning_mst.rewrite.stand_in import true_shape
+from lightning_mst.rewrite.stand_in import true_shape, units_inside
 from lightning_mst.rewrite.structure import (
     embedding_widths,
     expert_counts,
@@ -121,6 +121,8 @@ class _Search:
         reason: str | None = None
         if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
             verdict = self._verdict(module)
+            if verdict.reason is None and (units := units_inside(module)) is not None:
+                return [], [Candidate(name, type(module).__name__, None, units)]
             if verdict.reason is None:
                 return [self._accepted(layer, name, module, verdict)], []
             reason = verdict.reason
@@ -194,8 +196,9 @@ class _Search:
     def named(self, name: str, module: nn.Module) -> Candidate:
         """A module that the user says is an MLP."""
         verdict = self._verdict(module)
-        if verdict.reason is not None:
-            return Candidate(name, type(module).__name__, None, verdict.reason)
+        reason = verdict.reason or units_inside(module)
+        if reason is not None:
+            return Candidate(name, type(module).__name__, None, reason)
         routers = [module.get_submodule(router) for router in verdict.routers]
         return Candidate(name, type(module).__name__, lambda chunks: rewrite_mlp(module, chunks, routers=routers))
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mst.ops.context import AutocastState, RNGState
+from lightning_mst.rewrite.fsdp1 import is_fsdp1_unit
 from lightning_mst.rewrite.modes import eval_mode, train_mode
 from lightning_mst.rewrite.shadow import original_method
 from lightning_mst.rewrite.stand_in import is_out_of_reach, stand_in
@@ -60,6 +61,8 @@ def probe(module: nn.Module, widths: Iterable[int], *, method: str = "forward", 
     """
     if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules()):
         return Verdict("mixes tokens (batch normalisation)")
+    if any(is_fsdp1_unit(part) for part in module.modules()):
+        return Verdict("FSDP made it, or a part of it, a unit of its own before the rewrite")
     limit = capacity_limit(module) if expert_counts(module) else None
     if limit is not None:
         return Verdict(f"its experts take a limited number of tokens ({limit})", counts_tokens=True)

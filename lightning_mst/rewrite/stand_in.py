@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_mst.rewrite.fsdp1 import is_fsdp1_unit
+
 
 def is_out_of_reach(module: nn.Module) -> bool:
     """Whether a module's weights hold no values here: on the meta device, or sharded over ranks."""
@@ -70,7 +72,7 @@ def stand_in(module: nn.Module, device: str = "cpu") -> nn.Module:
 @contextmanager
 def _in_own_class(module: nn.Module) -> Iterator[None]:
     """Runs the body with the modules in the classes that they had before FSDP2, whose own refuse to be copied."""
-    sharded = [(part, type(part)) for part in module.modules() if _is_fsdp2(part)]
+    sharded = [(part, type(part)) for part in module.modules() if is_fsdp2_unit(part)]
     for part, sharded_class in sharded:
         part.__class__ = sharded_class.__mro__[getattr(sharded_class, "_orig_cls_mro_index", 2)]
     try:
@@ -80,9 +82,17 @@ def _in_own_class(module: nn.Module) -> Iterator[None]:
             part.__class__ = sharded_class
 
 
-def _is_fsdp2(module: nn.Module) -> bool:
+def is_fsdp2_unit(module: nn.Module) -> bool:
+    """Whether FSDP2 shards a module's weights as a unit of its own."""
     if not torch.distributed.is_available():
         return False
     from torch.distributed.fsdp import FSDPModule
 
     return isinstance(module, FSDPModule)
+
+
+def units_inside(module: nn.Module) -> str | None:
+    """Why a block can't run in mini-sequences, if FSDP shards parts of it as units of their own."""
+    if any(is_fsdp2_unit(part) or is_fsdp1_unit(part) for part in module.modules() if part is not module):
+        return "parts of it are FSDP units, gathered for every mini-sequence; shard it as a whole, or its layer"
+    return None

@@ -8,18 +8,28 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from lightning_mst.rewrite.discovery import find_layers
+from lightning_mst.rewrite.fsdp1 import keep_work_in_units
+from lightning_mst.rewrite.handle import MSTHandle
 from lightning_mst.rewrite.heads import find_lm_heads
 
-__all__ = ["check_all_sharded", "check_still_tied", "check_tied_weights", "layer_policy", "shard_models", "wrapped_by"]
-
-_COMPUTE_DTYPE = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+__all__ = [
+    "check_all_sharded",
+    "check_heads",
+    "check_still_tied",
+    "check_tied_weights",
+    "layer_policy",
+    "shard_fsdp1",
+    "shard_models",
+    "wrapped_by",
+]
 
 
 def layer_policy(layers: Iterable[nn.Module]) -> Callable[..., bool]:
@@ -40,17 +50,56 @@ def wrapped_by(policy: Any, model: nn.Module) -> set[nn.Module]:
     """The modules that an FSDP1 ``auto_wrap_policy`` makes units of their own.
 
     Args:
-        policy: a policy object of ``torch.distributed.fsdp.wrap``, or a function of ``module``, ``recurse`` and
-            ``nonwrapped_numel``.
+        policy: a policy object of ``torch.distributed.fsdp.wrap``, a function of ``module``, ``recurse`` and
+            ``nonwrapped_numel``, or ``None`` for no units.
         model: the model to be wrapped.
     """
+    if policy is None:
+        return set()
     if hasattr(policy, "_run_policy"):  # torch's policy objects offer no other way to ask them
         return set(policy._run_policy(model, set(), {}))
-    return {
-        module
-        for module in model.modules()
-        if policy(module=module, recurse=False, nonwrapped_numel=sum(p.numel() for p in module.parameters()))
-    }
+    units: set[nn.Module] = set()
+    _ask(policy, model, units)
+    return units - {model}
+
+
+def _ask(policy: Callable[..., bool], module: nn.Module, units: set[nn.Module]) -> int:
+    """Adds the units in a module, innermost first as torch asks, and returns how many weights they hold."""
+    numel = sum(p.numel() for p in module.parameters())
+    if not policy(module=module, recurse=True, nonwrapped_numel=numel):
+        return 0
+    wrapped = sum(_ask(policy, child, units) for child in module.children())
+    if not policy(module=module, recurse=False, nonwrapped_numel=numel - wrapped):
+        return wrapped
+    units.add(module)
+    return numel
+
+
+def shard_fsdp1(
+    strategy: FSDPStrategy, handle: MSTHandle, setup_model: Callable[[nn.Module], nn.Module], model: nn.Module
+) -> nn.Module:
+    """Lets FSDP1 wrap a rewritten model, and makes sure before and after that it can train.
+
+    Args:
+        strategy: Lightning's.
+        handle: of the rewritten model.
+        setup_model: the strategy's method that wraps.
+        model: the LightningModule; it may be wrapped in parts already, by ``configure_model``.
+
+    Returns:
+        The wrapped model.
+
+    Raises:
+        MisconfigurationException: the policy splits a tied weight, or makes a unit of the LM head.
+    """
+    units = {unit.module for unit in FullyShardedDataParallel.fsdp_modules(model)}
+    if not units:
+        units = wrapped_by(strategy.kwargs.get("auto_wrap_policy"), model)
+        check_tied_weights(model, units)
+    check_heads(handle, units)
+    wrapped = setup_model(model)
+    keep_work_in_units(wrapped)
+    return wrapped
 
 
 def check_tied_weights(model: nn.Module, units: set[nn.Module]) -> None:
@@ -80,6 +129,27 @@ def check_tied_weights(model: nn.Module, units: set[nn.Module]) -> None:
                 )
 
 
+def check_heads(handle: MSTHandle, units: set[nn.Module]) -> None:
+    """Makes sure that FSDP1 has the LM head's weights at hand when the loss is computed, after the head's own forward.
+
+    Args:
+        handle: of the rewritten model, not yet sharded.
+        units: the modules that become units.
+
+    Raises:
+        MisconfigurationException: a head in mini-sequence form would be a unit, or a part of it.
+    """
+    for row in handle.rows:
+        if row.block != "LM head" or not row.rewritten:
+            continue
+        if not units.isdisjoint(handle.model.get_submodule(row.name).modules()):
+            raise MisconfigurationException(
+                f"The FSDP policy makes a unit of {row.name}, whose weights would be gone when the loss asks for them."
+                " Leave it out of the policy: it then belongs to the root's unit, which FSDP keeps gathered until the"
+                " backward pass. (Or use strategy='mst_model_parallel', FSDP2, or lm_head_chunks=None.)"
+            )
+
+
 def shard_models(pl_module: nn.Module, mesh: DeviceMesh, precision: str) -> None:
     """Shards every language model in a LightningModule by FSDP2: each layer, embedding and head a unit, then the rest.
 
@@ -92,8 +162,8 @@ def shard_models(pl_module: nn.Module, mesh: DeviceMesh, precision: str) -> None
         precision: the Trainer's; under ``"bf16-mixed"`` weights are gathered in bf16 and gradients reduced in fp32.
     """
     options: dict[str, Any] = {"mesh": mesh}
-    if precision in _COMPUTE_DTYPE:
-        options["mp_policy"] = MixedPrecisionPolicy(_COMPUTE_DTYPE[precision], reduce_dtype=torch.float32)
+    if precision == "bf16-mixed":
+        options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
     for model in _models(pl_module):
         if not isinstance(model, FSDPModule):
             _shard(model, options)

@@ -10,9 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from hydra.utils import instantiate
-from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.environments import LightningEnvironment
-from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.strategies import FSDPStrategy, StrategyRegistry
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -197,18 +196,24 @@ def test_an_experiment_picks_other_options(compose_config):
     assert config.mst.mlp_chunks == "paper"
     assert config.trainer.precision == "bf16-true"
     assert config.data.sequence_length == 61440
+    assert config.optimizer._target_ == "lightning_mst.in_backward.OptimizerInBackward"
+    assert config.optimizer.lr == 1e-5
 
 
-def test_fsdp_names_what_it_cannot_clip():
-    trainer = SimpleNamespace(
-        strategy=MSTFSDPStrategy(
-            parallel_devices=[torch.device("cuda", 0)], cluster_environment=LightningEnvironment()
-        ),
-        gradient_clip_val=1.0,
-        gradient_clip_algorithm=None,
-    )
+def test_the_optimizer_in_the_backward_pass_comes_without_clipping_unless_it_is_asked_for(compose_config):
+    assert compose_config().trainer.gradient_clip_val == 1.0
+    assert compose_config("optimizer=adamw_in_backward").trainer.gradient_clip_val is None
+    asked_for = compose_config("optimizer=adamw_in_backward", "trainer.gradient_clip_val=2")
+    assert asked_for.trainer.gradient_clip_val == 2
 
-    with pytest.raises(ConfigurationError, match=r"trainer.gradient_clip_val=null, or strategy=mst_model_parallel"):
-        check_strategy(trainer, LightningModule)
+
+def test_lightnings_own_fsdp_cannot_clip_by_norm_and_ours_can():
+    options = {"parallel_devices": [torch.device("cuda", 0)], "cluster_environment": LightningEnvironment()}
+    trainer = SimpleNamespace(strategy=FSDPStrategy(**options), gradient_clip_val=1.0, gradient_clip_algorithm=None)
+
+    with pytest.raises(ConfigurationError, match=r"strategy=mst_fsdp, which can, or trainer.gradient_clip_val=null"):
+        check_strategy(trainer)
     trainer.gradient_clip_algorithm = "value"
-    check_strategy(trainer, LightningModule)
+    check_strategy(trainer)
+    trainer.strategy, trainer.gradient_clip_algorithm = MSTFSDPStrategy(**options), "norm"
+    check_strategy(trainer)

@@ -79,6 +79,24 @@ def test_four_processes_train_fifty_steps_and_one_of_them_speaks(tiny, tmp_path)
 
 
 @pytest.mark.slow
+def test_two_processes_go_on_from_their_sharded_checkpoint(tiny, tmp_path):
+    settings = ["strategy=mst_model_parallel", "trainer.devices=2", "trainer.max_steps=4", "callbacks=checkpoint"]
+    settings += ["optimizer=adamw_in_backward", "callbacks.checkpoint.every_n_train_steps=2"]
+    checkpoints = tmp_path / "whole" / "checkpoints"
+    for name, more in {
+        "whole": ["callbacks.checkpoint.save_top_k=-1"],
+        "resumed": [f"ckpt_path='{checkpoints}/step_2.ckpt'"],
+    }.items():
+        done = launch(tiny, tmp_path / name, *settings, *more)
+        assert done.returncode == 0, done.stderr
+
+    assert (checkpoints / "step_2.ckpt").is_dir()
+    assert (checkpoints / "last.ckpt").resolve() == checkpoints / "step_4.ckpt"
+    whole, resumed = (read_result(tmp_path / name)["losses"] for name in ("whole", "resumed"))
+    assert resumed == whole[2:]
+
+
+@pytest.mark.slow
 def test_a_failing_rank_ends_the_run_and_is_named(tiny, tmp_path):
     faulty = f"+callbacks.faulty={{_target_:faulty.Faulty,folder:'{tmp_path}',rank:1}}"
     done = launch(tiny, tmp_path, "strategy=mst_ddp", "trainer.devices=2", faulty)

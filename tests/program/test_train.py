@@ -122,10 +122,51 @@ def test_a_logger_that_is_not_installed_is_named(run_badly):
     assert "wandb" in run_badly("logger=wandb")
 
 
-def test_a_checkpoint_is_written_when_asked_for(train, tmp_path):
-    train("callbacks=checkpoint")
+def test_a_run_goes_on_from_a_checkpoint_as_if_it_had_never_stopped(train, tmp_path):
+    settings = ["callbacks=checkpoint", "callbacks.checkpoint.every_n_train_steps=2", "scheduler=constant"]
+    whole = train(*settings, "callbacks.checkpoint.save_top_k=-1", "trainer.max_steps=5")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == [
+        "last.ckpt",
+        "step_2.ckpt",
+        "step_4.ckpt",
+        "step_5.ckpt",
+    ]
+    assert (checkpoints / "last.ckpt").resolve() == checkpoints / "step_5.ckpt"
 
-    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
+    folder = tmp_path / "resumed"
+    resumed = train(*settings, "trainer.max_steps=5", f"ckpt_path={checkpoints}/step_2.ckpt", folder=folder)
+
+    assert resumed["losses"] == whole["losses"][2:]
+    assert (resumed["steps"], resumed["val_perplexity"]) == (5, whole["val_perplexity"])
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["last.ckpt", "step_5.ckpt"]
+
+
+def test_a_run_of_epochs_ends_with_a_checkpoint_from_which_a_longer_one_goes_on(train, tmp_path):
+    settings = ["callbacks=checkpoint", "trainer.max_steps=-1", "+trainer.limit_train_batches=2"]
+    whole = train(*settings, "trainer.max_epochs=3")
+    train(*settings, "trainer.max_epochs=2", folder=tmp_path / "short")
+    last = tmp_path / "short" / "checkpoints" / "last.ckpt"
+    resumed = train(*settings, "trainer.max_epochs=3", f"ckpt_path={last}", folder=tmp_path / "long")
+
+    assert last.resolve().name == "step_4.ckpt"
+    assert len(whole["losses"]) == 6
+    assert resumed["losses"] == whole["losses"][4:]
+
+
+def test_the_optimizer_steps_in_the_backward_pass_with_and_without_callbacks(train, tmp_path):
+    plain = train("trainer.gradient_clip_val=null")
+    for name in ("default", "none"):
+        result = train("optimizer=adamw_in_backward", f"callbacks={name}", folder=tmp_path / name)
+        assert result["losses"] == pytest.approx(plain["losses"], rel=1e-5)
+
+
+def test_the_papers_experiment_trains_a_small_model(train, tmp_path, capsys):
+    small = ["model=llama_small", "trainer=cpu", "data.sequence_length=64", "trainer.max_steps=2"]
+    result = train("experiment=paper_llama3_8b", *small)
+
+    assert (result["mst_name"], result["precision"], result["steps"]) == ("paper", "bf16-true", 2)
+    assert "OptimizerInBackward" in (tmp_path / "run" / ".hydra" / "config.yaml").read_text(encoding="utf-8")
 
 
 @pytest.fixture
@@ -180,6 +221,7 @@ def run_badly(tiny, tmp_path, capsys):
         ("strategy=mst_fsdp", "strategy: FSDP1 trains on GPUs only. On CPUs, use strategy=mst_model_parallel"),
         ("trainer.strategy=mst_dpp", "trainer.strategy: There is no strategy 'mst_dpp'. Did you mean mst_ddp or"),
         ("trainer.strategy=lightning_mst.Nothing", "strategy: "),
+        ("ckpt_path=no/such.ckpt", "ckpt_path: There is no checkpoint 'no/such.ckpt', neither file nor folder"),
         ("data.sequence_length=0", "data.sequence_length should be a whole number, 2 or more, got 0"),
         ("data.sequence_length=long", "data.sequence_length should be a whole number, 2 or more, got 'long'"),
         ("data.batch_size=null", "data.batch_size should be a whole number, 1 or more, got None"),
@@ -198,6 +240,12 @@ def run_badly(tiny, tmp_path, capsys):
 )
 def test_a_mistake_ends_in_a_short_message(run_badly, override, message):
     assert message in run_badly(override)
+
+
+def test_steps_in_the_backward_pass_with_clipped_gradients_are_refused_without_callbacks_too(run_badly):
+    error = run_badly("callbacks=none", "optimizer=adamw_in_backward", "trainer.gradient_clip_val=1.0")
+
+    assert "gradient_clip_val=1.0 (set it to None)" in error
 
 
 def test_a_missing_model_name_is_asked_for(run_badly, hf):

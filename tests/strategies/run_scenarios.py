@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_mst import MSTCallback
+from lightning_mst.strategies import MSTDDPStrategy
 
 warnings.filterwarnings("ignore")
 torch.set_num_threads(1)
 
 
-def train(module: Module, strategy: str, callback: MSTCallback, **options: Any) -> Trainer:
+def train(module: Module, strategy: Any, callback: MSTCallback, **options: Any) -> Trainer:
     trainer = Trainer(
         accelerator="cpu",
         devices=RANKS,
@@ -119,14 +120,14 @@ class Limit(nn.Module):
         return self.function(x)
 
 
-def out_of_memory(backward: bool, **options: Any) -> dict[str, Any]:
+def out_of_memory(backward: bool, strategy: Any = "mst_ddp") -> dict[str, Any]:
     module = OwnBatches([batches(21, 22, 23, 24), batches(23, 24, 25, 26)], token_weighted=True)
     mlp = module.model.model.layers[1].mlp
     limit = mlp.act_fn = Limit(mlp.act_fn, 6, rank=1, backward=backward)
     callback = MSTCallback(mlp_chunks=2, lm_head_chunks=3, on_oom="retry")
     factors: list[int] = []
     callback.on_after_backward = lambda *_: factors.append(callback.handle.pace.factor)
-    train(module, "mst_ddp", callback, accumulate_grad_batches=2, **options)
+    train(module, strategy, callback, accumulate_grad_batches=2)
     return {"gradients": module.gradients, "factors": factors, "out_of_memory": limit.out_of_memory}
 
 
@@ -159,6 +160,7 @@ SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
     "no labels, FSDP2": lambda: one_rank_without_labels("mst_model_parallel"),
     "out of memory, forward": lambda: out_of_memory(backward=False),
     "out of memory, backward": lambda: out_of_memory(backward=True),
+    "out of memory, buckets": lambda: out_of_memory(True, MSTDDPStrategy(gradient_as_bucket_view=True)),
     "different settings": different_settings,
     "retry when sharded": retry_when_sharded,
     "split tie": split_tie,

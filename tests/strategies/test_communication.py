@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -71,6 +72,28 @@ def count(layout: str, checkpoint: str, mst: bool) -> dict[str, int]:
     return collectives.counts
 
 
+def by_matrix() -> tuple[str, str]:
+    """Sharded by matrix: what the table says of the MLPs if they are sharded first, and the error if they are later."""
+    mesh = init_device_mesh("cpu", (RANKS,))
+    ids = rows(1, ragged=False)[0]["input_ids"].unsqueeze(0)
+    notes = []
+    for shard_first in (True, False):
+        model = build()
+        handle = None if shard_first else apply_mst(model, mlp_chunks=3, lm_head_chunks=3)
+        for layer in model.model.layers:
+            for matrix in (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj):
+                fully_shard(matrix, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        handle = handle or apply_mst(model, mlp_chunks=3, lm_head_chunks=3)
+        note = next(row.reason for row in handle.rows if row.block == "MLP")
+        try:
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        except RuntimeError as error:
+            note = str(error)
+        notes.append(note)
+    return notes[0], notes[1]
+
+
 def run_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=RANKS)
@@ -79,6 +102,7 @@ def run_rank(rank: int, folder: str) -> None:
         for layout in LAYOUTS
         for checkpoint in ("all", "none")
     }
+    counts["by matrix"] = by_matrix()
     if rank == 0:
         torch.save(counts, f"{folder}/counts")
     dist.destroy_process_group()
@@ -99,3 +123,9 @@ def test_weights_are_gathered_and_gradients_reduced_as_often_as_without_mini_seq
     without, with_mst = counts[layout, checkpoint]
     assert without["all-gather"] > 0
     assert {**with_mst, "all-gather": with_mst["all-gather"] - LAYOUTS[layout][2]} == without
+
+
+def test_an_mlp_whose_matrices_are_units_is_left_alone_or_refused(counts: dict[Any, Any]) -> None:
+    sharded_before, sharded_after = counts["by matrix"]
+    assert "parts of it are FSDP units" in sharded_before
+    assert "parts of it are FSDP units" in sharded_after
