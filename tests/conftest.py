@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 import torch.distributed as dist
+from processes import quiet_port
 
 torch.set_num_threads(1)
 
@@ -26,6 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _no_process_group_outlives_its_test() -> Iterator[None]:
     """Lightning keeps the group of a DDP run until the program ends; other trainers would take part in it."""
     before = dict(os.environ)
+    os.environ["MASTER_PORT"] = str(quiet_port())
     yield
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

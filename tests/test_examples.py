@@ -9,13 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import environment
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def run(name: str, folder: Path) -> str:
     shutil.copy(EXAMPLES / name, folder)
-    done = subprocess.run([sys.executable, name], cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+    options = {"cwd": folder, "capture_output": True, "text": True, "timeout": 300, "env": environment()}
+    done = subprocess.run([sys.executable, name], check=False, **options)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import runpy
 import subprocess
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 import resume_script as script
 import torch
+from processes import environment
 from transformers import AutoModelForCausalLM
 
 from lightning_mst.causal_lm import CausalLM
@@ -25,7 +25,6 @@ pytestmark = pytest.mark.slow
 
 KILLS = {"single": ["single"], "ddp": ["ddp 0 1", "ddp 0", "ddp 1"], "fsdp2": ["fsdp2 1"]}
 STRATEGIES = [*KILLS, "fsdp2 in one file"]
-LIGHTNING_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "NODE_RANK", "LOCAL_RANK", "PL_GLOBAL_SEED")
 
 
 @dataclass
@@ -38,10 +37,9 @@ class Launch:
 
 
 def launch(folder: Path, *arguments: str) -> Launch:
-    env = {name: value for name, value in os.environ.items() if name not in LIGHTNING_VARIABLES}
     command = [sys.executable, script.__file__, str(folder), *arguments]
     start = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())
     output, _ = process.communicate(timeout=300)
     return Launch(process.returncode, output, time.monotonic() - start)
 

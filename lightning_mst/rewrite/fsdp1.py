@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_mst.rewrite.shadow import BoundMethod
@@ -30,6 +33,50 @@ def weights_of(block: nn.Module) -> Iterator[Tensor]:
     for part in block.modules():
         yield from part.parameters(recurse=False)
         yield from (value for value in vars(part).values() if _is_fsdp1_view(value))
+
+
+@dataclass
+class FirstViews:
+    """The views of a unit's weights that its first forward pass of a step had, for its later ones.
+
+    In mixed precision every forward pass of a unit has views with a graph of their own, and FSDP1 reduces the gradients
+    when the first one's are there. With its views in all of them, all gradients are there by then. (FSDP1 does the same
+    for reentrant checkpointing; the views' memory is filled anew by every gathering.)
+    """
+
+    _step: object = None
+    _views: dict[tuple[nn.Module, str], Tensor] = field(default_factory=dict)
+
+    def use_in(self, block: nn.Module) -> None:
+        """Puts the first forward's views in the place of the present ones; to be called in the unit's forward.
+
+        Args:
+            block: the module that is the unit.
+        """
+        if not torch.is_grad_enabled():
+            return
+        views = {
+            (part, name): value
+            for part in block.modules()
+            for entries in _entries(part)
+            for name, value in entries.items()
+            if _is_fsdp1_view(value) and value.requires_grad
+        }
+        if not views:
+            return
+        # Private, and nothing public tells: set by the first forward and taken away at the end of the backward pass.
+        step = next(iter(views.values()))._base._post_backward_hook_state
+        if step is not self._step:
+            self._step, self._views = step, views
+        for part, name in views:
+            for entries in _entries(part):
+                if name in entries:
+                    entries[name] = self._views[part, name]
+
+
+def _entries(part: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Where a module's own weights may stand."""
+    return part._parameters, vars(part)
 
 
 def keep_work_in_units(model: nn.Module) -> None:

@@ -23,7 +23,7 @@ from torch import nn
 
 from lightning_mst.rewrite.handle import MSTHandle
 from lightning_mst.rewrite.joining import _FirstForm, _JoiningForm
-from lightning_mst.rewrite.lm_head import _LMHeadForm
+from lightning_mst.rewrite.lm_head import LMHeadForm
 from lightning_mst.rewrite.mlp import _MLPForm
 from lightning_mst.rewrite.shadow import BoundMethod, form_of, shadowed
 
@@ -63,7 +63,7 @@ def _blocks(handle: MSTHandle) -> Iterator[tuple[nn.Module, nn.Module]]:
     for module in shadowed(handle.model):
         for name, value in vars(module).items():
             form = form_of(module, name) if isinstance(value, BoundMethod) else None
-            if isinstance(form, _LMHeadForm) or (isinstance(form, _MLPForm) and _is_whole(module, form)):
+            if isinstance(form, LMHeadForm) or (isinstance(form, _MLPForm) and _is_whole(module, form)):
                 yield module, module
             elif isinstance(form, (_MLPForm, _FirstForm, _JoiningForm)):
                 layer = layer_of[module]

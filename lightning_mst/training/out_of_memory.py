@@ -61,9 +61,8 @@ def explain(error: BaseException, handle: MSTHandle) -> str:
         else:
             advice = f"a number of mini-sequences, such as {option}={64 * factor},"
         advice += " or MSTCallback(on_oom='retry'), which doubles it by itself"
-    elif row and row.block in ("MLP", "LM head"):
-        option = "mlp_chunks" if row.block == "MLP" else "lm_head_chunks"
-        advice = f"{option}='auto': this block is left as it was ({row.reason})"
+    elif config.mlp_chunks is None or config.lm_head_chunks is None:
+        advice = f"{'mlp_chunks' if config.mlp_chunks is None else 'lm_head_chunks'}='auto' in place of None"
     elif config.checkpoint_layers != "all" and handle.layers:
         advice = f"checkpoint_layers='all' in place of {config.checkpoint_layers!r}"
     else:

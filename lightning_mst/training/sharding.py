@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_mst.rewrite.discovery import find_layers
 from lightning_mst.rewrite.fsdp1 import keep_work_in_units
+from lightning_mst.rewrite.fsdp1_head import ask_units
 from lightning_mst.rewrite.handle import MSTHandle
 from lightning_mst.rewrite.heads import find_lm_heads
 
@@ -90,7 +91,7 @@ def shard_fsdp1(
         The wrapped model.
 
     Raises:
-        MisconfigurationException: the policy splits a tied weight, or makes a unit of the LM head.
+        MisconfigurationException: the policy splits a tied weight, or makes a unit of a part of the LM head.
     """
     units = {unit.module for unit in FullyShardedDataParallel.fsdp_modules(model)}
     if not units:
@@ -99,6 +100,7 @@ def shard_fsdp1(
     check_heads(handle, units)
     wrapped = setup_model(model)
     keep_work_in_units(wrapped)
+    ask_units(wrapped)
     return wrapped
 
 
@@ -130,24 +132,26 @@ def check_tied_weights(model: nn.Module, units: set[nn.Module]) -> None:
 
 
 def check_heads(handle: MSTHandle, units: set[nn.Module]) -> None:
-    """Makes sure that FSDP1 has the LM head's weights at hand when the loss is computed, after the head's own forward.
+    """Makes sure that FSDP1 has all of the LM head's weights at hand when a loss is computed.
 
     Args:
         handle: of the rewritten model, not yet sharded.
         units: the modules that become units.
 
     Raises:
-        MisconfigurationException: a head in mini-sequence form would be a unit, or a part of it.
+        MisconfigurationException: a part of a head in mini-sequence form would be a unit.
     """
     for row in handle.rows:
         if row.block != "LM head" or not row.rewritten:
             continue
-        if not units.isdisjoint(handle.model.get_submodule(row.name).modules()):
-            raise MisconfigurationException(
-                f"The FSDP policy makes a unit of {row.name}, whose weights would be gone when the loss asks for them."
-                " Leave it out of the policy: it then belongs to the root's unit, which FSDP keeps gathered until the"
-                " backward pass. (Or use strategy='mst_model_parallel', FSDP2, or lm_head_chunks=None.)"
-            )
+        head = handle.model.get_submodule(row.name)
+        for name, part in head.named_modules(prefix=row.name):
+            if part is not head and part in units:
+                raise MisconfigurationException(
+                    f"The FSDP policy makes a unit of {name}, a part of the LM head {row.name}, which would gather its"
+                    " weights for every mini-sequence. Make a unit of the head as a whole, or leave both out of the"
+                    " policy. (Or use lm_head_chunks=None.)"
+                )
 
 
 def shard_models(pl_module: nn.Module, mesh: DeviceMesh, precision: str) -> None:

@@ -98,10 +98,9 @@ class TokenWeights(Callback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         tokens = torch.as_tensor(self._count(batch), dtype=torch.float64, device=trainer.strategy.root_device)
-        if batch_idx % trainer.accumulate_grad_batches == 0:
+        if batch_idx % trainer.accumulate_grad_batches == 0 or self._unit is None:
             self._unit = mean_of_ranks(tokens).clamp_min(1)
             self._tokens = torch.zeros_like(tokens)
-        assert self._unit is not None
         assert self._tokens is not None
         self.weight = tokens / self._unit
         self._tokens += tokens
@@ -127,4 +126,4 @@ class TokenWeights(Callback):
     def _end(self) -> None:
         if self._undo is not None:
             self._undo.close()
-        self._undo = None
+        self._undo = self._unit = None

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from lightning.pytorch.utilities import rank_zero_only
+from processes import environment
 from torch.multiprocessing import ProcessRaisedException
 
 from lightning_mst.cli import main
@@ -25,8 +26,8 @@ from lightning_mst.program.results import read_result, write_failure
 
 def launch(tiny: list[str], folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "lightning_mst", "train", *tiny, f"hydra.run.dir='{folder}'", *overrides]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    env = environment(PYTHONPATH=str(Path(__file__).parent))
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=300)
 
 
 def is_alive(pid: int) -> bool:
@@ -40,11 +41,11 @@ def is_alive(pid: int) -> bool:
 @pytest.mark.slow
 def test_a_sweep_over_ddp_and_fsdp2_trains_what_one_process_trains(tiny, train, tmp_path, capfd):
     swept = ["strategy=mst_ddp,mst_model_parallel"]
-    environment = dict(os.environ)
+    before = dict(os.environ)
     main(["train", "-m", *tiny, f"hydra.sweep.dir='{tmp_path}/sweep'", "trainer.devices=2", *swept])
 
     assert {name: os.environ.get(name) for name in RANK_VARIABLES} == {
-        name: environment.get(name) for name in RANK_VARIABLES
+        name: before.get(name) for name in RANK_VARIABLES
     }
     output = capfd.readouterr()
     assert "Sweep: " in output.out

@@ -245,7 +245,7 @@ def test_a_mistake_ends_in_a_short_message(run_badly, override, message):
 def test_steps_in_the_backward_pass_with_clipped_gradients_are_refused_without_callbacks_too(run_badly):
     error = run_badly("callbacks=none", "optimizer=adamw_in_backward", "trainer.gradient_clip_val=1.0")
 
-    assert "gradient_clip_val=1.0 (set it to None)" in error
+    assert "gradient_clip_val=1.0 (set it to None; in our program, trainer.gradient_clip_val=null)" in error
 
 
 def test_a_missing_model_name_is_asked_for(run_badly, hf):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import environment
 from torch import Tensor
 
 HERE = Path(__file__).parent
@@ -27,12 +27,6 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=HERE, env=environment())
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return [torch.load(f"{file}.{rank}") for rank in range(RANKS)]
-
-
-def environment() -> dict[str, str]:
-    """Without what a distributed test before this one may have left."""
-    left = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "NODE_RANK", "LOCAL_RANK")
-    return {name: value for name, value in os.environ.items() if name not in left}
 
 
 def expected(case: Case, dtype: torch.dtype) -> list[dict[str, Tensor]]:

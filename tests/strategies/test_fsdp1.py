@@ -35,7 +35,10 @@ from test_communication import CollectiveCounter
 from test_exactness import overall
 
 from lightning_mst import MSTCallback, MSTConfig, MSTHandle, apply_mst
+from lightning_mst.ops.deferred_logits import DeferredLogits
 from lightning_mst.rewrite.fsdp1 import keep_work_in_units
+from lightning_mst.rewrite.fsdp1_head import ask_units
+from lightning_mst.rewrite.shadow import BoundMethod
 from lightning_mst.strategies import MSTFSDPStrategy
 from lightning_mst.training.sharding import check_heads, check_tied_weights, layer_policy, wrapped_by
 
@@ -58,18 +61,59 @@ def gemma() -> nn.Module:
     return Gemma2ForCausalLM(config).train()
 
 
-class Step(nn.Module):
-    """What Lightning wraps: a module whose forward is the training step."""
+class LowRank(nn.Linear):
+    """As a head with an adapter."""
 
-    def __init__(self, model: nn.Module, own_loss: bool) -> None:
+    def __init__(self) -> None:
+        super().__init__(16, VOCAB, bias=False)
+        self.down, self.up = nn.Linear(16, 2, bias=False), nn.Linear(2, VOCAB)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) + self.up(self.down(input))
+
+
+def low_rank() -> nn.Module:
+    model = build()
+    model.lm_head = LowRank()
+    return model
+
+
+class Step(nn.Module):
+    """What Lightning wraps: a module whose forward is the training step.
+
+    Args:
+        model: the model.
+        loss: ``"the model's"``; the ``"step's"`` own; or ``"several"``, of two calls of the head, with metrics.
+    """
+
+    def __init__(self, model: nn.Module, loss: str) -> None:
         super().__init__()
-        self.model, self.own_loss = model, own_loss
+        self.model, self.loss = model, loss
 
     def forward(self, ids: Tensor) -> Tensor:
-        if not self.own_loss:
+        if self.loss == "the model's":
             return self.model(input_ids=ids, labels=ids, use_cache=False).loss
-        logits = self.model(input_ids=ids, use_cache=False).logits
-        return F.cross_entropy(logits[:, :-1].reshape(-1, VOCAB), ids[:, 1:].reshape(-1))
+        labels = ids[:, 1:]
+        if self.loss == "step's":
+            logits = self.model(input_ids=ids, use_cache=False).logits
+            return F.cross_entropy(logits[:, :-1].reshape(-1, VOCAB), labels.reshape(-1))
+        hidden = self.model.model(input_ids=ids, use_cache=False).last_hidden_state
+        logits = self.model.lm_head(hidden)
+        F.cross_entropy(logits[:, -1], ids[:, 0])  # with a graph that backward never sees
+        loss = F.cross_entropy(logits[:, :-1].reshape(-1, VOCAB), labels.reshape(-1))
+        loss = loss + 0.1 * logits.logsumexp(-1).square().mean()
+        others = self.model.lm_head(0.5 * hidden)
+        loss = loss + 0.1 * (others.log_softmax(-1)[..., 0] * logits.logsumexp(-1)).mean() + 0.1 * real(others).mean()
+        with torch.no_grad():
+            accuracies = [(logits[:, :-1].argmax(-1) == labels).float().mean()]
+        accuracies.append((logits[:, :-1].argmax(-1) == labels).float().mean())
+        assert all(0 <= accuracy <= 1 for accuracy in accuracies)
+        assert not (logits > 1e4).any(-1).any()  # the last to ask the head, and without a gradient
+        return loss
+
+
+def real(logits: Tensor) -> Tensor:
+    return logits.real() if isinstance(logits, DeferredLogits) else logits
 
 
 Policy = Callable[[Step, MSTHandle], Any]
@@ -77,6 +121,10 @@ Policy = Callable[[Step, MSTHandle], Any]
 
 def layers(step: Step, handle: MSTHandle) -> Any:
     return layer_policy(handle.layers)
+
+
+def layers_and_head(step: Step, handle: MSTHandle) -> Any:
+    return layer_policy([*handle.layers, step.model.lm_head])
 
 
 def no_policy(step: Step, handle: MSTHandle) -> Any:
@@ -94,13 +142,15 @@ class Case:
     Attributes:
         policy: makes the ``auto_wrap_policy``.
         build: makes the model.
-        own_loss: whether the training step computes the loss, not the model.
+        loss: of the ``Step``.
+        frozen: a part of the model that is not trained.
         precisions: in which it runs.
     """
 
     policy: Policy = layers
     build: Callable[[], nn.Module] = build
-    own_loss: bool = False
+    loss: str = "the model's"
+    frozen: str = ""
     precisions: tuple[str, ...] = ("32-true",)
 
 
@@ -108,12 +158,20 @@ BOTH = ("32-true", "bf16-mixed")
 CASES = {
     "layers": Case(precisions=BOTH),
     "layers, tied": Case(build=partial(build, tied=True)),
-    "layers, tied, loss in the step": Case(build=partial(build, tied=True), own_loss=True, precisions=BOTH),
-    "MLPs": Case(classes(LlamaDecoderLayer, LlamaMLP), own_loss=True, precisions=BOTH),
+    "layers, tied, loss in the step": Case(build=partial(build, tied=True), loss="step's", precisions=BOTH),
+    "MLPs": Case(classes(LlamaDecoderLayer, LlamaMLP), loss="step's", precisions=BOTH),
     "MLPs that a norm would join": Case(classes(Gemma2DecoderLayer, Gemma2MLP), build=gemma),
     "a norm in an MLP's mini-sequences": Case(build=gemma),
     "one unit": Case(no_policy),
+    "head": Case(layers_and_head, precisions=BOTH),
+    "head, loss in the step": Case(layers_and_head, loss="step's", precisions=BOTH),
+    "head of two layers": Case(layers_and_head, build=low_rank, loss="step's", precisions=BOTH),
+    "head alone trained": Case(layers_and_head, loss="step's", frozen="model", precisions=BOTH),
+    "head frozen": Case(layers_and_head, loss="step's", frozen="lm_head", precisions=BOTH),
+    "head, several losses": Case(layers_and_head, loss="several", precisions=BOTH),
 }
+# Each of their losses gathers, where one forward pass of the unit would do.
+GATHER_MORE = [name for name, case in CASES.items() if case.loss == "several"]
 RUNS = [
     (name, precision, checkpoint)
     for name, case in CASES.items()
@@ -122,8 +180,14 @@ RUNS = [
 ]
 
 
+def freeze(step: Step, case: Case) -> None:
+    if case.frozen:
+        step.model.get_submodule(case.frozen).requires_grad_(False)
+
+
 def run(case: Case, precision: str, checkpoint: str, mst: bool) -> dict[str, Any]:
-    step = Step(case.build(), case.own_loss)
+    step = Step(case.build(), case.loss)
+    freeze(step, case)
     chunks = CHUNKS if mst else dict.fromkeys(CHUNKS)
     handle = apply_mst(step, checkpoint_layers=checkpoint, **chunks)
     sharded = FullyShardedDataParallel(
@@ -134,6 +198,7 @@ def run(case: Case, precision: str, checkpoint: str, mst: bool) -> dict[str, Any
         mixed_precision=FSDPPrecision(precision).mixed_precision_config,
     )
     keep_work_in_units(sharded)
+    ask_units(sharded)
     ids = rows(RANKS, ragged=False)[dist.get_rank()]["input_ids"].unsqueeze(0)
     for _ in range(2):  # the first step has extras
         sharded.zero_grad()
@@ -145,7 +210,10 @@ def run(case: Case, precision: str, checkpoint: str, mst: bool) -> dict[str, Any
         gradients = {
             name.replace("_fsdp_wrapped_module.", ""): parameter.grad.double()
             for name, parameter in sharded.named_parameters()
+            if parameter.requires_grad
         }
+    handle.remove()
+    assert not [name for name, module in sharded.named_modules() if "forward" in vars(module)]
     loss = loss.detach()
     dist.all_reduce(loss)
     return {"loss": loss.item() / RANKS, "gradients": gradients, "counts": collectives.counts}
@@ -153,7 +221,7 @@ def run(case: Case, precision: str, checkpoint: str, mst: bool) -> dict[str, Any
 
 def run_half_a_block() -> None:
     # As a policy by size may cut.
-    step = Step(build(), own_loss=False)
+    step = Step(build(), "the model's")
     handle = apply_mst(step, **CHUNKS)
     policy = layer_policy([*handle.layers, *(layer.mlp.down_proj for layer in handle.layers)])
     sharded = FullyShardedDataParallel(
@@ -190,10 +258,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
 
 def expected(case: Case) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of the unmodified model in fp64, given the batches of all ranks."""
-    step = Step(case.build().double(), own_loss=True)
+    step = Step(case.build().double(), "several" if case.loss == "several" else "step's")
+    freeze(step, case)
     loss = step(torch.stack([row["input_ids"] for row in rows(RANKS, ragged=False)]))
     loss.backward()
-    return loss.item(), {name: parameter.grad for name, parameter in step.named_parameters()}
+    return loss.item(), {name: parameter.grad for name, parameter in step.named_parameters() if parameter.requires_grad}
 
 
 @pytest.mark.parametrize(("name", "precision", "checkpoint"), RUNS)
@@ -222,6 +291,8 @@ def test_weights_are_gathered_and_gradients_reduced_as_often_as_without_mini_seq
 ) -> None:
     without, ours = (results[0][name, precision, checkpoint, mst]["counts"] for mst in (False, True))
     assert without["all-gather"] > 0
+    if name in GATHER_MORE:
+        assert ours.pop("all-gather") > without.pop("all-gather")
     assert ours == without
 
 
@@ -230,14 +301,15 @@ def test_a_unit_of_half_an_mlp_is_refused_before_the_first_step_is_spent(results
     assert message.startswith("LlamaMLP can't run in mini-sequences: parts of it are FSDP units")
 
 
-def test_a_unit_of_the_lm_head_is_refused_before_anything_is_sharded() -> None:
-    model = build()
+def test_a_unit_of_a_part_of_the_lm_head_is_refused_before_anything_is_sharded() -> None:
+    model = low_rank()
     handle = apply_mst(model, **CHUNKS)
-    with pytest.raises(MisconfigurationException, match=r"a unit of lm_head.*Leave it out of the policy"):
-        check_heads(handle, wrapped_by(ModuleWrapPolicy({nn.Linear}), model))
-    check_heads(handle, wrapped_by(layer_policy(handle.layers), model))
+    policy = ModuleWrapPolicy({LlamaDecoderLayer, nn.Linear})
+    with pytest.raises(MisconfigurationException, match=r"a unit of lm_head.down, a part of the LM head lm_head"):
+        check_heads(handle, wrapped_by(policy, model))
+    check_heads(handle, {*handle.layers, model.lm_head})
     handle.update(lm_head_chunks=None)
-    check_heads(handle, {model.lm_head})
+    check_heads(handle, wrapped_by(policy, model))
 
 
 # --- which policies keep tied weights together ---------------------------------------------------------------------
@@ -370,6 +442,22 @@ def losses(strategy: Any, accelerator: str, module: Module | None = None, *callb
 def test_the_strategy_with_clipping_by_norm_trains_the_same_weights_as_on_one_device(policy: dict[str, Any]) -> None:
     wanted = losses("auto", "cpu")
     assert losses(OnCPU(mst=MSTConfig(**CHUNKS), **policy), "cpu") == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.usefixtures("fsdp_on_cpu")
+def test_the_strategy_trains_with_a_head_that_the_policy_makes_a_unit_and_refuses_a_tied_one() -> None:
+    def layers_and_head(module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
+        return recurse or isinstance(module, LlamaDecoderLayer) or getattr(module, "out_features", None) == VOCAB
+
+    wanted = losses("auto", "cpu", Module(build()))
+    module, asked = Module(build()), []
+    module.on_train_end = lambda: asked.append(vars(module.model.lm_head).get("forward"))
+    strategy = OnCPU(mst=MSTConfig(**CHUNKS), auto_wrap_policy=layers_and_head)
+    assert losses(strategy, "cpu", module) == pytest.approx(wanted, rel=1e-5)
+    assert isinstance(module.model.lm_head, FullyShardedDataParallel)
+    assert isinstance(asked[0], BoundMethod)
+    with pytest.raises(MisconfigurationException, match="are one tied weight"):
+        losses(OnCPU(mst=MSTConfig(**CHUNKS), auto_wrap_policy=layers_and_head), "cpu")
 
 
 @pytest.mark.usefixtures("fsdp_on_cpu")

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import environment
 from torch import Tensor
 
 HERE = Path(__file__).parent
@@ -19,7 +20,7 @@ sys.path.insert(0, str(HERE))
 
 from cases import RANKS, build  # noqa: E402
 from run_scenarios import SCENARIOS, batches  # noqa: E402
-from test_exactness import distance, environment  # noqa: E402
+from test_exactness import distance  # noqa: E402
 
 
 def launch(file: Path, *names: str, timeout: int = 300) -> subprocess.CompletedProcess[str]:

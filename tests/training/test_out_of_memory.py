@@ -117,13 +117,15 @@ def test_the_message_of_a_rule_asks_for_a_number() -> None:
         fit(Seen(tokens=4, backward=True), MSTCallback(mlp_chunks="auto"))
 
 
-def test_outside_the_blocks_the_message_asks_for_checkpointing_first() -> None:
+def test_outside_the_blocks_the_message_asks_for_what_is_switched_off() -> None:
     module = Seen()
 
     def fail(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     module.model.model.rotary_emb.register_forward_hook(fail)
+    with pytest.raises(torch.OutOfMemoryError, match=r"outside the blocks .* try mlp_chunks='auto' in place of None"):
+        fit(module, MSTCallback(mlp_chunks=None))
     with pytest.raises(torch.OutOfMemoryError, match=r"outside the blocks .* try checkpoint_layers='all'"):
         fit(module, MSTCallback(checkpoint_layers="none"))
     with pytest.raises(torch.OutOfMemoryError, match=r"outside the blocks .* try shorter sequences"):
