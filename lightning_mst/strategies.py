@@ -171,6 +171,9 @@ class MSTModelParallelStrategy(_WithMST, ModelParallelStrategy):
         tensor_parallel_size: ranks that split each matrix.
         mst: as in ``_WithMST``.
         **kwargs: of Lightning's ``ModelParallelStrategy``.
+
+    Raises:
+        ValueError: a size is no number of ranks.
     """
 
     def __init__(
@@ -181,6 +184,9 @@ class MSTModelParallelStrategy(_WithMST, ModelParallelStrategy):
         mst: MSTConfig | None = None,
         **kwargs: Any,
     ) -> None:
+        for name, size in (("data_parallel_size", data_parallel_size), ("tensor_parallel_size", tensor_parallel_size)):
+            if not (isinstance(size, int) and size >= 1) and (name, size) != ("data_parallel_size", "auto"):
+                raise ValueError(f"{name} should be a whole number of ranks, 1 or more, got {size!r}.")
         super().__init__(data_parallel_size, tensor_parallel_size, mst=mst, **kwargs)
         self._data_parallel_size: Literal["auto"] | int
         self._tensor_parallel_size: int

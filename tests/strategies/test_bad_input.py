@@ -325,3 +325,9 @@ def test_retries_are_refused_with_an_optimizer_in_the_backward_pass() -> None:
         callbacks=[MSTCallback(**CHUNKS, on_oom="retry")],
     )
     assert program.is_as_it_was
+
+
+@pytest.mark.parametrize("size", ["auto", 0, 1.5])
+def test_a_size_that_is_no_number_of_ranks_is_refused(size: Any) -> None:
+    with pytest.raises(ValueError, match=f"tensor_parallel_size should be a whole number of ranks, .* got {size!r}"):
+        MSTModelParallelStrategy(tensor_parallel_size=size)

@@ -29,13 +29,13 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [torch.load(f"{file}.{rank}") for rank in range(RANKS)]
 
 
-def expected(case: Case, dtype: torch.dtype) -> list[dict[str, Tensor]]:
-    """Each step's gradients of the unmodified model, by plain PyTorch, one big batch to a step."""
+def expected(case: Case, dtype: torch.dtype) -> tuple[list[float], list[dict[str, Tensor]]]:
+    """Each step's loss and gradients of the unmodified model, by plain PyTorch, one big batch to a step."""
     model = build(case.tied).to(dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     rows = case.data()
     count = 2 * case.replicas * case.batches
-    gradients = []
+    losses, gradients = [], []
     for step in range(STEPS):
         batch = rows[step * count : (step + 1) * count]
         ids, labels = (torch.stack([row[key] for row in batch]) for key in ("input_ids", "labels"))
@@ -44,8 +44,9 @@ def expected(case: Case, dtype: torch.dtype) -> list[dict[str, Tensor]]:
         optimizer.zero_grad()
         loss.backward()
         gradients.append({f"model.{name}": p.grad.clone() for name, p in model.named_parameters()})
+        losses.append(loss.item())
         optimizer.step()
-    return gradients
+    return losses, gradients
 
 
 def distance(got: list[dict[str, Tensor]], wanted: list[dict[str, Tensor]]) -> float:
@@ -67,12 +68,16 @@ def overall(got: list[dict[str, Tensor]], wanted: list[dict[str, Tensor]]) -> fl
 def test_gradients_are_those_of_one_process_with_the_global_batch(results: list[dict[str, Any]], name: str) -> None:
     case = CASES[name]
     double = case.trainer.get("precision") == "64-true"
-    wanted = expected(case, torch.float64)
+    losses, wanted = expected(case, torch.float64)
     for rank in range(RANKS):
         result = results[rank][name]
         assert "error" not in result, result["error"]
         # transformers computes the loss and the norms in fp32, in a double-precision model as well.
         assert distance(result["gradients"], wanted) < (1e-6 if double else 1e-5)
+    if not case.ragged:  # of ragged ones, the mean of means is another number
+        seen = torch.tensor([results[rank][name]["losses"] for rank in range(RANKS)])
+        means = seen.view(RANKS, STEPS, case.batches).mean(dim=(0, 2))
+        assert means.tolist() == pytest.approx(losses, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if "bf16" in name and "unmodified" not in name])
@@ -80,7 +85,7 @@ def test_half_precision_is_as_close_to_the_truth_as_the_unmodified_model(
     results: list[dict[str, Any]], name: str
 ) -> None:
     case = CASES[name]
-    wanted = expected(case, torch.float64)
+    _, wanted = expected(case, torch.float64)
     for rank in range(RANKS):
         result, unmodified = results[rank][name], results[rank][f"{name}, unmodified"]
         assert "error" not in result, result["error"]
