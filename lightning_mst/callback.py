@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_mst.in_backward import OptimizerInBackward
+from lightning_mst.in_backward.trainer import connect_optimizers, optimizers_in_backward
 from lightning_mst.memory.peak import PeakMemory
 from lightning_mst.ops.chunking import Chunks
 from lightning_mst.rewrite.config import MSTConfig
@@ -27,7 +27,7 @@ from lightning_mst.rewrite.verify import verify
 from lightning_mst.rewrite.zero3 import gather_whole_blocks
 from lightning_mst.training.checks import check_model, check_trainer
 from lightning_mst.training.out_of_memory import RetryOutOfMemory, explain, is_out_of_memory
-from lightning_mst.training.ranks import agree_on_longest, check_same_settings, have_own_batches
+from lightning_mst.training.ranks import agree_on_longest, check_same_settings, num_replicas
 from lightning_mst.training.sharding import shard_fsdp1
 from lightning_mst.training.side_effects import without_side_effects
 from lightning_mst.training.token_weights import TokenWeights, count_labels
@@ -131,9 +131,7 @@ class MSTCallback(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for optimizer in trainer.strategy.optimizers:
-            if isinstance(optimizer, OptimizerInBackward):
-                optimizer.connect(trainer)
+        connect_optimizers(trainer)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -208,16 +206,15 @@ class MSTCallback(Callback):
     def _apply(self, trainer: Trainer, pl_module: LightningModule) -> MSTHandle:
         check_model(pl_module, self.config)
         handle = apply_mst(pl_module, self.config)
-        handle.pace.shared = have_own_batches(trainer.strategy)
+        handle.pace.shared = num_replicas(trainer) > 1
         if not self._printed and trainer.is_global_zero and not self.config.asks_for_nothing:
             handle.print()
         self._printed = True
         return handle
 
     def _end(self, trainer: Trainer) -> None:
-        for optimizer in trainer.strategy.optimizers:
-            if isinstance(optimizer, OptimizerInBackward):
-                optimizer.remove()
+        for optimizer in optimizers_in_backward(trainer):
+            optimizer.remove()
         if self._undo is not None:
             self._undo.close()
         if self.handle is not None:

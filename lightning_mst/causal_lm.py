@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_mst.frozen_base import check_same_base, describe_frozen, has_frozen_base, without_frozen
-from lightning_mst.in_backward import OptimizerInBackward
+from lightning_mst.in_backward.trainer import connect_optimizers
 from lightning_mst.metrics import Perplexity
 from lightning_mst.training.random_states import random_states, random_states_of_all_processes, set_random_states
 from lightning_mst.training.token_weights import TokenWeights
@@ -145,9 +145,7 @@ class CausalLM(pl.LightningModule):
         Raises:
             MisconfigurationException: the Trainer needs all gradients at a time.
         """
-        for optimizer in self.trainer.optimizers:
-            if isinstance(optimizer, OptimizerInBackward):
-                optimizer.connect(self.trainer)
+        connect_optimizers(self.trainer)
 
     @override
     def on_train_start(self) -> None:

@@ -11,7 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 import torch.distributed as dist
-from processes import quiet_port
+from processes import RANK_VARIABLES, quiet_port
 
 torch.set_num_threads(1)
 
@@ -31,7 +31,7 @@ def _no_process_group_outlives_its_test() -> Iterator[None]:
     yield
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
-    for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "NODE_RANK", "LOCAL_RANK"):
+    for name in RANK_VARIABLES:
         if name in before:
             os.environ[name] = before[name]
         else:

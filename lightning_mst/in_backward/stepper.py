@@ -42,7 +42,8 @@ class Stepper:
 
     def follow(self, all_reduce: AllReduce) -> None:
         """Steps the parameters of a DDP model behind its all-reduce, where their gradients are complete."""
-        self._all_reduces.append(all_reduce)
+        if all_reduce not in self._all_reduces:
+            self._all_reduces.append(all_reduce)
         for parameter in self._groups:
             if all_reduce.give(parameter, self):
                 _drop_hook(parameter)

@@ -160,10 +160,10 @@ class DeferredLogits(DeferredTensor):
     def respond(cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answers a torch function without computing logits where that is possible."""
         args = input_first(args, kwargs)
-        for tensor in tree_leaves((args, kwargs)):
-            if isinstance(tensor, DeferredLogits):
-                tensor._pass_markers()
-        if not any(isinstance(t, DeferredLogits) and t._is_real() for t in tree_leaves((args, kwargs))):
+        deferred = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, DeferredLogits)]
+        for logits in deferred:
+            logits._pass_markers()
+        if not any(logits._is_real() for logits in deferred):
             if args and isinstance(args[0], DeferredLogits) and needs_no_values(func):
                 return without_values(func, args, kwargs)
             result = answer(func, args, kwargs)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_mst.training.ranks import num_replicas
+
 __all__ = ["Throughput"]
 
 
@@ -62,14 +64,8 @@ class Throughput(pl.Callback):
         self._seconds += seconds
         rate = self._tokens / self._seconds
         # Summed over the devices, each with its own batches or its part of one.
-        rate /= trainer.world_size / _number_of_batches(trainer)
+        rate /= trainer.world_size / num_replicas(trainer)
         self.log("tokens_per_second", rate, prog_bar=True, sync_dist=True, reduce_fx="sum")
-
-
-def _number_of_batches(trainer: pl.Trainer) -> int:
-    """Different batches that the devices see at the same time."""
-    sampling = trainer.distributed_sampler_kwargs
-    return 1 if sampling is None else sampling["num_replicas"]
 
 
 def _now(trainer: pl.Trainer) -> float:

@@ -20,8 +20,10 @@ def is_fsdp1_unit(module: nn.Module) -> bool:
 
 
 def _is_fsdp1_view(value: object) -> bool:
+    if not isinstance(value, Tensor):  # so are nearly all: asked of everything in a block, at each of its calls
+        return False
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    return fsdp is not None and isinstance(value, Tensor) and isinstance(value._base, fsdp.FlatParameter)
+    return fsdp is not None and isinstance(value._base, fsdp.FlatParameter)
 
 
 def weights_of(block: nn.Module) -> Iterator[Tensor]:

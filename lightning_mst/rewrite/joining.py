@@ -18,13 +18,17 @@ from lightning_mst.rewrite.structure import linear_shape
 
 
 @dataclass
-class _FirstForm:
+class FirstForm:
+    """The settings of the first of two projections."""
+
     chunks: int | str
     pace: Pace = field(default_factory=Pace)
 
 
 @dataclass
-class _JoiningForm:
+class JoiningForm:
+    """What a module that joins others remembers, if it does."""
+
     joined: DeferredOutput | None = None
     notes: bool = False
 
@@ -37,7 +41,7 @@ def rewrite_pair(first: nn.Module, second: nn.Module, chunks: int | str) -> None
         second: the down projection, a linear layer of (..., I).
         chunks: M, ``"auto"`` or ``"paper"``.
     """
-    shadow_method(first, _first_forward, _FirstForm(chunks))
+    shadow_method(first, _first_forward, FirstForm(chunks))
     rewrite_joining(second)
 
 
@@ -48,12 +52,12 @@ def rewrite_joining(module: nn.Module, *, notes: bool = False) -> None:
         module: a function of one tensor (..., D).
         notes: whether to remember what it joined, for ``has_joined``.
     """
-    shadow_method(module, _joining_forward, _JoiningForm(notes=notes))
+    shadow_method(module, _joining_forward, JoiningForm(notes=notes))
 
 
 def has_joined(module: nn.Module) -> bool:
     """Whether a module that takes notes joined a block, and nobody else wanted the block's output."""
-    form: _JoiningForm = form_of(module)
+    form: JoiningForm = form_of(module)
     return form.joined is not None and not form.joined.was_computed
 
 
@@ -71,7 +75,7 @@ def defer(call: Call, width: int, **how: Any) -> DeferredOutput:
 
 
 def _first_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-    form: _FirstForm = form_of(self)
+    form: FirstForm = form_of(self)
     forward = original_forward(self)
     call = Call(type(self).__name__, args, kwargs)
     num_chunks = call.num_chunks(form.chunks, form.pace)
@@ -87,7 +91,7 @@ def _joining_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     forward = original_forward(self)
     if len(args) != 1 or kwargs or not isinstance(args[0], DeferredOutput):
         return forward(*args, **kwargs)
-    form: _JoiningForm = form_of(self)
+    form: JoiningForm = form_of(self)
     if form.notes:
         form.joined = args[0]
     return args[0].finish(forward, weights_of(self))

@@ -17,7 +17,9 @@ from lightning_mst.rewrite.structure import expert_sparsity
 
 
 @dataclass
-class _MLPForm:
+class MLPForm:
+    """The settings of an MLP, or of a method, in mini-sequence form."""
+
     chunks: int | str
     # What the block uses, as far as it isn't the module itself.
     parts: list[nn.Module] = field(default_factory=list)
@@ -41,7 +43,7 @@ def rewrite_mlp(
         routers: the submodules that score experts, whose outputs others may record.
     """
     routers = routers or []
-    shadow_method(mlp, _mlp_forward, _MLPForm(chunks, [mlp], follower is not None, routers, expert_sparsity(mlp)))
+    shadow_method(mlp, _mlp_forward, MLPForm(chunks, [mlp], follower is not None, routers, expert_sparsity(mlp)))
     for router in routers:
         rewrite_router(router)
     if follower is not None:
@@ -57,11 +59,11 @@ def rewrite_method(layer: nn.Module, name: str, chunks: int | str, parts: list[n
         chunks: M, ``"auto"`` or ``"paper"``.
         parts: the children that the method uses.
     """
-    shadow_method(layer, partial(_run_method, name), _MLPForm(chunks, parts), name)
+    shadow_method(layer, partial(_run_method, name), MLPForm(chunks, parts), name)
 
 
 def _mlp_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    form: _MLPForm = form_of(self)
+    form: MLPForm = form_of(self)
     forward = original_forward(self)
     call = Call(type(self).__name__, args, kwargs)
     num_chunks = call.num_chunks(form.chunks, form.pace, form.sparsity)
@@ -75,7 +77,7 @@ def _mlp_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _run_method(name: str, self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    form: _MLPForm = form_of(self, name)
+    form: MLPForm = form_of(self, name)
     method = original_method(self, name)
     call = Call(f"{type(self).__name__}.{name}", args, kwargs)
     num_chunks = call.num_chunks(form.chunks, form.pace)

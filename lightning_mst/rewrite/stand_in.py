@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mst.rewrite.fsdp1 import is_fsdp1_unit
+from lightning_mst.rewrite.tensor_parallel import is_distributed
 
 
 def is_out_of_reach(module: nn.Module) -> bool:
@@ -20,11 +21,7 @@ def is_out_of_reach(module: nn.Module) -> bool:
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a rank holds a part of a tensor only."""
-    if not torch.distributed.is_available():
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(tensor, DTensor) or tensor.numel() == 0
+    return torch.distributed.is_available() and (is_distributed(tensor) or tensor.numel() == 0)
 
 
 def true_shape(parameter: Tensor) -> torch.Size:

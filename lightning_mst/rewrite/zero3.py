@@ -22,9 +22,9 @@ from collections.abc import Iterator
 from torch import nn
 
 from lightning_mst.rewrite.handle import MSTHandle
-from lightning_mst.rewrite.joining import _FirstForm, _JoiningForm
+from lightning_mst.rewrite.joining import FirstForm, JoiningForm
 from lightning_mst.rewrite.lm_head import LMHeadForm
-from lightning_mst.rewrite.mlp import _MLPForm
+from lightning_mst.rewrite.mlp import MLPForm
 from lightning_mst.rewrite.shadow import BoundMethod, form_of, shadowed
 
 
@@ -63,16 +63,16 @@ def _blocks(handle: MSTHandle) -> Iterator[tuple[nn.Module, nn.Module]]:
     for module in shadowed(handle.model):
         for name, value in vars(module).items():
             form = form_of(module, name) if isinstance(value, BoundMethod) else None
-            if isinstance(form, LMHeadForm) or (isinstance(form, _MLPForm) and _is_whole(module, form)):
+            if isinstance(form, LMHeadForm) or (isinstance(form, MLPForm) and _is_whole(module, form)):
                 yield module, module
-            elif isinstance(form, (_MLPForm, _FirstForm, _JoiningForm)):
+            elif isinstance(form, (MLPForm, FirstForm, JoiningForm)):
                 layer = layer_of[module]
-                yield from ((layer, part) for part in (form.parts if isinstance(form, _MLPForm) else [module]))
+                yield from ((layer, part) for part in (form.parts if isinstance(form, MLPForm) else [module]))
                 # Activations and dropouts in between: under hooks they would take the deferred output for a real one.
                 yield from ((layer, part) for part in layer.modules() if not any(True for _ in part.parameters()))
 
 
-def _is_whole(module: nn.Module, form: _MLPForm) -> bool:
+def _is_whole(module: nn.Module, form: MLPForm) -> bool:
     return form.parts == [module] and not form.is_followed
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
-from lightning_mst.in_backward import OptimizerInBackward
+from lightning_mst.in_backward.trainer import optimizers_in_backward
 from lightning_mst.rewrite.handle import MSTHandle, Row
 from lightning_mst.training.ranks import any_rank
 from lightning_mst.training.side_effects import Snapshot, without_side_effects
@@ -148,7 +148,7 @@ class RetryOutOfMemory(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if any(isinstance(optimizer, OptimizerInBackward) for optimizer in trainer.strategy.optimizers):
+        if optimizers_in_backward(trainer):
             raise MisconfigurationException(
                 "on_oom='retry' can't repeat a step half of which OptimizerInBackward has taken already. Use"
                 " on_oom='raise'."

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from lightning_mst.rewrite.config import MSTConfig
 
-__all__ = ["agree_on_longest", "any_rank", "check_same_settings", "have_own_batches", "mean_of_ranks"]
+__all__ = ["agree_on_longest", "any_rank", "check_same_settings", "mean_of_ranks", "num_replicas"]
 
 
 def num_ranks() -> int:
@@ -58,10 +59,9 @@ def check_same_settings(config: MSTConfig) -> None:
             )
 
 
-def have_own_batches(strategy: Strategy) -> bool:
-    """Whether ranks see different batches, as they do unless all of them split the same matrices."""
-    replicas = getattr(strategy, "distributed_sampler_kwargs", None) or {}
-    return replicas.get("num_replicas", 1) > 1
+def num_replicas(trainer: Trainer) -> int:
+    """How many different batches the ranks see at the same time: one, if all of them split the same matrices."""
+    return (trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1)
 
 
 def agree_on_longest(strategy: Strategy, batch: Any) -> tuple[int, int]:
