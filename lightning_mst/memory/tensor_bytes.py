@@ -1,15 +1,49 @@
-"""Exact bytes of live tensors, on any device."""
+"""Exact bytes of live tensors, by kind and by place, on any device."""
 
 from __future__ import annotations
 
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
+
+from lightning_mst.memory.places import Place, Places
+
+Kind = Literal["weights", "gradients", "optimizer_states", "buffers", "logits", "activations"]
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The highest moment at a place.
+
+    Attributes:
+        total: live bytes.
+        kinds: live bytes of each kind; ``"activations"`` are all tensors that are none of the others.
+        inside: of the activations, those that were made since the program came to the place.
+    """
+
+    total: int
+    kinds: Mapping[str, int]
+    inside: int
+
+
+@dataclass(frozen=True)
+class Event:
+    """A change of the live bytes.
+
+    Attributes:
+        live: bytes after it.
+        place: where the program was, if places are followed.
+    """
+
+    live: int
+    place: Place | None
 
 
 class TensorBytes(TorchDispatchMode):
@@ -20,19 +54,61 @@ class TensorBytes(TorchDispatchMode):
 
     Args:
         existing: tensors that are there already and don't count.
+        places: tells where the program is; without it there are no ``peaks``.
+        vocab_size: V; tensors (..., V) that come up in the forward and backward pass count as logits.
+        record: keep every change in ``events``.
 
     Attributes:
         live: bytes that are alive now.
         peak: the most bytes that were alive at once.
+        peaks: the highest moment at each place.
+        events: every change so far.
     """
 
-    def __init__(self, existing: Iterable[Tensor] = ()) -> None:
+    def __init__(
+        self,
+        existing: Iterable[Tensor] = (),
+        *,
+        places: Places | None = None,
+        vocab_size: int | None = None,
+        record: bool = False,
+    ) -> None:
         super().__init__()
         self.live = 0
         self.peak = 0
-        self._sizes: dict[int, int] = {}
+        self.peaks: dict[Place, Peak] = {}
+        self.events: list[Event] = []
+        self._places = places
+        self._vocab_size = vocab_size
+        self._record = record
+        self._visit = 0
+        self._of_kind: dict[str, int] = defaultdict(int)
+        self._of_visit: dict[int, int] = defaultdict(int)
+        # By the address of a storage: its bytes, its kind, and the visit in which it was made.
+        self._storages: dict[int, tuple[int, Kind, int]] = {}
         # Kept, so that the address of a storage stands for the same storage throughout.
         self._existing = {t.untyped_storage()._cdata: t.untyped_storage() for t in existing}
+        if places is not None:
+            places.on_change = self._leave_place
+
+    def count(self, tensors: Iterable[Tensor], kind: Kind) -> None:
+        """Counts tensors that exist already, or says of which kind those are that are counted."""
+        for tensor in tensors:
+            for plain in _plain_tensors(tensor):
+                storage = plain.untyped_storage()
+                self._existing.pop(storage._cdata, None)
+                self._forget(storage._cdata, silent=True)
+                self._follow(storage, kind)
+
+    def forget_peaks(self) -> None:
+        """Starts a new measurement with what is alive now."""
+        self.peak = self.live
+        self.peaks.clear()
+        self.events.clear()
+
+    def freeze(self) -> None:
+        """Ends the measurement: what becomes of the tensors from now on is no event any more."""
+        self._storages.clear()
 
     def __torch_dispatch__(
         self,
@@ -43,21 +119,77 @@ class TensorBytes(TorchDispatchMode):
     ) -> Any:
         """Runs the operator and takes note of the storages that it made."""
         kwargs = kwargs or {}
+        if any(is_traceable_wrapper_subclass(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)):
+            # A sharded tensor's own operators come next, and those are seen.
+            return NotImplemented
         result = func(*args, **kwargs)
         given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and not tensor.is_meta and tensor.untyped_storage()._cdata not in given:
-                self._follow(tensor.untyped_storage())
+            if isinstance(tensor, Tensor) and not tensor.is_meta and not is_traceable_wrapper_subclass(tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata in given:
+                    self._resize(storage)
+                elif storage._cdata not in self._storages and storage._cdata not in self._existing:
+                    self._follow(storage, self._kind_of(tensor))
         return result
 
-    def _follow(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key in self._sizes or key in self._existing:
-            return
-        self._sizes[key] = storage.nbytes()
-        self.live += storage.nbytes()
-        self.peak = max(self.peak, self.live)
+    def _kind_of(self, tensor: Tensor) -> Kind:
+        if tensor.shape[-1:] == (self._vocab_size,) and self._place_phase() != "optimizer":
+            return "logits"
+        return "activations"
+
+    def _place_phase(self) -> str | None:
+        return self._places.phase if self._places is not None else None
+
+    def _follow(self, storage: torch.UntypedStorage, kind: Kind) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        self._storages[key] = (size, kind, self._visit)
+        self._add(size, kind, self._visit)
         weakref.finalize(storage, self._forget, key).atexit = False
 
-    def _forget(self, key: int) -> None:
-        self.live -= self._sizes.pop(key, 0)
+    def _resize(self, storage: torch.UntypedStorage) -> None:
+        """FSDP frees and refills gathered weights by resizing their storage."""
+        known = self._storages.get(storage._cdata)
+        if known is not None and known[0] != storage.nbytes():
+            size, kind, visit = known
+            self._storages[storage._cdata] = (storage.nbytes(), kind, visit)
+            self._add(storage.nbytes() - size, kind, visit)
+
+    def _forget(self, key: int, silent: bool = False) -> None:
+        known = self._storages.pop(key, None)
+        if known is not None:
+            size, kind, visit = known
+            self._add(-size, kind, visit, silent)
+
+    def _add(self, size: int, kind: Kind, visit: int, silent: bool = False) -> None:
+        self.live += size
+        self._of_kind[kind] += size
+        if kind == "activations":
+            self._of_visit[visit] += size
+        if silent or size == 0:
+            return
+        place = self._places.now if self._places is not None else None
+        if self._record:
+            self.events.append(Event(self.live, place))
+        if size > 0:
+            self.peak = max(self.peak, self.live)
+            if place is not None:
+                self._note(place)
+
+    def _note(self, place: Place) -> None:
+        before = self.peaks.get(place)
+        if before is None or self.live > before.total:
+            self.peaks[place] = Peak(self.live, dict(self._of_kind), self._of_visit[self._visit])
+
+    def _leave_place(self) -> None:
+        if not self._of_visit[self._visit]:
+            del self._of_visit[self._visit]
+        self._visit += 1
+
+
+def _plain_tensors(tensor: Tensor) -> list[Tensor]:
+    """The tensors that a sharded or quantized one is made of."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [plain for name in names for plain in _plain_tensors(getattr(tensor, name))]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_mst.ops.context import AutocastState, first_order_only
 from lightning_mst.ops.head_chunks import HALF
+from lightning_mst.ops.rehearsal import walk
 
 
 def chosen_logits(
@@ -53,7 +54,7 @@ class _ChosenLogits(torch.autograd.Function):
         ctx.save_for_backward(index, hidden, weight, bias)
         result = autocast.cast(hidden.new_empty(0)).new_empty(index.shape)
         with autocast.disabled():
-            for start, stop in bounds:
+            for start, stop in walk(bounds):
                 at = index[start:stop]  # (chunk, k)
                 rows = autocast.cast(F.embedding(at, weight))  # (chunk, k, D)
                 column = autocast.cast(hidden[start:stop]).unsqueeze(2)  # (chunk, D, 1)
@@ -77,7 +78,7 @@ class _ChosenLogits(torch.autograd.Function):
         weight_grad = zeros(weight) if need_weight else None
         bias_grad = zeros(bias) if need_bias else None
         with ctx.autocast.disabled():
-            for start, stop in ctx.bounds:
+            for start, stop in walk(ctx.bounds):
                 at, out = index[start:stop], grad[start:stop]  # (chunk, k)
                 if hidden_grad is not None:
                     rows = ctx.autocast.cast(F.embedding(at, weight))  # (chunk, k, D)

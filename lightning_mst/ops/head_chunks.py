@@ -12,6 +12,7 @@ from lightning_mst.ops.chunking import chunk_bounds
 from lightning_mst.ops.context import AutocastState
 from lightning_mst.ops.gradients import GradientSums, check_graph
 from lightning_mst.ops.heads import Head, LinearHead, ModuleHead
+from lightning_mst.ops.rehearsal import walk
 
 HALF = (torch.float16, torch.bfloat16)
 # Half-precision weight gradients are added to their fp32 sum in so many slices of the vocabulary.
@@ -87,7 +88,8 @@ class LinearChunks:
         if weight_grad is not None and weight_grad.dtype == grad.dtype:
             weight_grad.addmm_(grad.t(), self._rows)
         elif weight_grad is not None:
-            for low, high in chunk_bounds(weight_grad.shape[0], min(_WEIGHT_SLICES, weight_grad.shape[0])):
+            slices = chunk_bounds(weight_grad.shape[0], min(_WEIGHT_SLICES, weight_grad.shape[0]))
+            for low, high in walk(slices):
                 weight_grad[low:high] += grad[:, low:high].t() @ self._rows
         if bias_grad is not None:
             bias_grad += grad.sum(0, dtype=bias_grad.dtype)

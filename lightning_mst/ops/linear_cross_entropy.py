@@ -23,6 +23,7 @@ from lightning_mst.ops.chunking import chunk_bounds, resolve_num_chunks
 from lightning_mst.ops.context import AutocastState, RNGState, drop_autocast_copies, first_order_only
 from lightning_mst.ops.head_chunks import HALF, head_chunks
 from lightning_mst.ops.heads import Head, LinearHead, ModuleHead
+from lightning_mst.ops.rehearsal import walk
 
 LogitsFn = Callable[[Tensor], Tensor]
 
@@ -264,10 +265,10 @@ def _walk(
         spec.head, spec.autocast, need_hidden=need_hidden, need_parameters=need_parameters, bounds=bounds
     )
     with spec.autocast.disabled():
-        for start, stop in bounds:
+        for start, stop in walk(bounds):
             which = slice(start, stop) if all_live else rows[start:stop]
             logits, grad = chunks.logits(hidden[which])  # (chunk, V)
-            for low, high in chunk_bounds(stop - start, min(_BLOCKS_PER_CHUNK, max(1, stop - start))):
+            for low, high in walk(chunk_bounds(stop - start, min(_BLOCKS_PER_CHUNK, max(1, stop - start)))):
                 block_scale = scale[start + low : start + high, None] if isinstance(scale, Tensor) else scale
                 into = grad[low:high] if need_grad else None
                 loss, hits = _block(spec, logits[low:high], labels[which][low:high], into, block_scale)

@@ -32,6 +32,7 @@ from lightning_mst.ops.chunking import chunk_bounds, resolve_num_chunks
 from lightning_mst.ops.context import AutocastState, RNGState, drop_autocast_copies, first_order_only
 from lightning_mst.ops.gradients import GradientSums, check_graph
 from lightning_mst.ops.last_linear import FindLastLinear, SkipLastLinear
+from lightning_mst.ops.rehearsal import walk
 
 Block = Callable[..., Tensor | tuple[Tensor, ...]]
 
@@ -145,7 +146,7 @@ class _Run:
         whole: list[Tensor] = []
         find = FindLastLinear()
         with torch.no_grad():
-            for index, (start, stop) in enumerate(self.bounds):
+            for index, (start, stop) in enumerate(walk(self.bounds)):
                 with find if index == 0 else nullcontext():
                     result = self.block(*(self.piece(t, start, stop) for t in flat))
                 if index == 0:
@@ -185,7 +186,7 @@ class _Run:
         sums = GradientSums(trained, len(self.bounds), taken=[*inputs, *output_grads])
         rng = self.rng.replayed() if self.rng is not None else nullcontext()
         with rng, self.autocast.restored():
-            for start, stop in self.bounds:
+            for start, stop in walk(self.bounds):
                 self._differentiate(start, stop, flat, flat_grads, need_inputs, trained, input_grads, sums)
         of_trained = iter(sums.take())
         shaped = [g if g is None else g.view(t.shape) for g, t in zip(input_grads, inputs, strict=True)]

@@ -25,6 +25,13 @@ def is_checkpointed_by_itself(layer: nn.Module) -> bool:
     return is_transformers_layer(layer) and bool(original_value(layer, "gradient_checkpointing"))
 
 
+def is_checkpointed(layer: nn.Module) -> bool:
+    """Whether a layer recomputes its activations now, by transformers' switch or by the rewrite."""
+    if is_transformers_layer(layer):
+        return bool(getattr(layer, "gradient_checkpointing", False))
+    return getattr(layer.__dict__.get("forward"), "function", None) is _checkpointed_forward
+
+
 def why_not_checkpointed(model: nn.Module, layer: nn.Module) -> str | None:
     """Why a layer can't be recomputed, or ``None``: some models of transformers change what they were given."""
     if is_transformers_layer(layer):

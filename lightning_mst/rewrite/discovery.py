@@ -74,18 +74,26 @@ def _repeated(module: nn.Module) -> list[tuple[str, nn.Module]]:
     return children if one_class and all(any(True for _ in child.children()) for _, child in children) else []
 
 
-def find_mlps(model: nn.Module, layers: Iterable[tuple[str, nn.Module]]) -> list[Candidate]:
-    """The MLPs of the layers, and what looked like one and has to be left alone, with the reason."""
-    search = _Search(embedding_widths(model))
+def find_mlps(
+    model: nn.Module, layers: Iterable[tuple[str, nn.Module]], verdicts: dict[object, Verdict]
+) -> list[Candidate]:
+    """The MLPs of the layers, and what looked like one and has to be left alone, with the reason.
+
+    Args:
+        model: the model.
+        layers: its layers, with their names.
+        verdicts: remembers what was tried on the model, for the next time.
+    """
+    search = _Search(embedding_widths(model), verdicts)
     return [candidate for name, layer in layers for candidate in search.in_layer(name, layer)]
 
 
 class _Search:
     """Looks for token-wise blocks; what it learnt of one layer it uses for equal ones."""
 
-    def __init__(self, widths: set[int]) -> None:
+    def __init__(self, widths: set[int], verdicts: dict[object, Verdict]) -> None:
         self._widths = widths
-        self._verdicts: dict[object, Verdict] = {}
+        self._verdicts = verdicts
         self._followers: dict[object, str | None] = {}
         self._pairs: dict[object, tuple[str, str] | None] = {}
 
@@ -239,11 +247,16 @@ def match_modules(model: nn.Module, patterns: list[str], option: str) -> dict[st
     return chosen
 
 
-def match_mlps(model: nn.Module, patterns: list[str]) -> list[Candidate]:
+def match_mlps(model: nn.Module, patterns: list[str], verdicts: dict[object, Verdict]) -> list[Candidate]:
     """The MLPs that a user's name patterns select, with the reason where one can't be rewritten.
+
+    Args:
+        model: the model.
+        patterns: of names of modules.
+        verdicts: as for ``find_mlps``.
 
     Raises:
         ValueError: for a pattern that matches nothing.
     """
-    search = _Search(embedding_widths(model))
+    search = _Search(embedding_widths(model), verdicts)
     return [search.named(name, module) for name, module in match_modules(model, patterns, "mlp_modules").items()]

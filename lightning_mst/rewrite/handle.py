@@ -23,6 +23,7 @@ from lightning_mst.rewrite.config import MSTConfig
 from lightning_mst.rewrite.discovery import Candidate, find_layers, find_mlps, match_mlps
 from lightning_mst.rewrite.heads import find_lm_heads, match_lm_heads
 from lightning_mst.rewrite.pace import Pace
+from lightning_mst.rewrite.probe import Verdict
 from lightning_mst.rewrite.shadow import forms, lifted, restore, shadowed
 
 
@@ -70,6 +71,7 @@ class MSTHandle:
         self.rows: list[Row] = []
         self.layers: list[nn.Module] = []
         self.pace = Pace()
+        self._verdicts: dict[object, Verdict] = {}
         self._apply(config)
 
     def update(self, config: MSTConfig | None = None, **options: Any) -> MSTHandle:
@@ -123,7 +125,7 @@ class MSTHandle:
     def _apply(self, config: MSTConfig) -> None:
         # First the plan, so that an error leaves the model in the form that it has.
         with lifted(self.model):
-            plan = _Plan(self.model, config)
+            plan = _Plan(self.model, config, self._verdicts)
         self._restore()
         plan.carry_out()
         for form in forms(self.model):
@@ -135,9 +137,10 @@ class MSTHandle:
 class _Plan:
     """Everything is decided, and every error raised, before the first module is touched."""
 
-    def __init__(self, model: nn.Module, config: MSTConfig) -> None:
+    def __init__(self, model: nn.Module, config: MSTConfig, verdicts: dict[object, Verdict]) -> None:
         self._model = model
         self._config = config
+        self._verdicts = verdicts
         self._layers = find_layers(model)
         self.rows: list[Row] = []
         self._mlps = self._choose_mlps(model)
@@ -181,7 +184,10 @@ class _Plan:
         if config.mlp_chunks is None:
             return []
         patterns = config.mlp_patterns
-        candidates = find_mlps(model, self._layers) if patterns is None else match_mlps(model, patterns)
+        if patterns is None:
+            candidates = find_mlps(model, self._layers, self._verdicts)
+        else:
+            candidates = match_mlps(model, patterns, self._verdicts)
         if not candidates:
             self._left("MLP", Candidate("", "", None, "no layer holds an up and a down projection"))
         for candidate in candidates:

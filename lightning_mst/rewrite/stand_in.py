@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lightning_mst.rewrite.fsdp1 import is_fsdp1_unit
 from lightning_mst.rewrite.tensor_parallel import is_distributed
 
 
 def is_out_of_reach(module: nn.Module) -> bool:
-    """Whether a module's weights hold no values here: on the meta device, or sharded over ranks."""
-    return any(p.is_meta or is_sharded(p) for p in module.parameters())
+    """Whether a module's weights hold no values here: on the meta device, fake, or sharded over ranks."""
+    return any(p.is_meta or isinstance(p, FakeTensor) or is_sharded(p) for p in module.parameters())
 
 
 def is_sharded(tensor: Tensor) -> bool:

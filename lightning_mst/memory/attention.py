@@ -1,0 +1,112 @@
+"""Attention as the flash kernel of GPUs holds it in memory: linear in the length, whatever this machine would run.
+
+Source: arXiv 2307.08691 (FlashAttention-2). Forward keeps the output and one fp32 log-sum-exp per head and token;
+backward needs, beside the gradients, an fp32 sum of the queries' gradients and one more fp32 number per head and token,
+and with grouped queries a key and value gradient for every query head before they are added up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lightning_mst.ops.context import AutocastState
+
+NAME = "lightning_mst_flash"
+"""Under which transformers' models find it."""
+
+
+class FlashAttention(TorchFunctionMode):
+    """Lets ``F.scaled_dot_product_attention`` take the memory of the flash kernel, in the body of a ``with``.
+
+    Only shapes and dtypes of the results mean anything.
+
+    Args:
+        kernel_workspace: count what the kernel of a GPU allocates for itself in the backward pass.
+    """
+
+    def __init__(self, *, kernel_workspace: bool) -> None:
+        super().__init__()
+        self._kernel_workspace = kernel_workspace
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Takes the place of one function."""
+        if func is F.scaled_dot_product_attention:
+            query, key, value = self._inputs(*args, **(kwargs or {}))
+            return self(query, key, value)
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _inputs(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return query, key, value
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention of (B, H, S, D), (B, H_kv, S_kv, D) and (B, H_kv, S_kv, D_v): (B, H, S, D_v)."""
+        autocast = AutocastState.now(query.device)
+        query, key, value = (autocast.cast(t) for t in (query, key, value))
+        with autocast.disabled():
+            return _Flash.apply(self._kernel_workspace, query, key, value)
+
+    @contextmanager
+    def in_transformers(self, model: nn.Module) -> Iterator[None]:
+        """Lets a transformers model use it while the body runs, whatever attention it is set to."""
+        configs = _configs_of(model)
+        if not configs:
+            yield
+            return
+        from transformers import AttentionInterface
+
+        def attention(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
+        ) -> tuple[Tensor, None]:
+            return self(query, key, value).transpose(1, 2).contiguous(), None
+
+        before = [config._attn_implementation for config in configs]
+        AttentionInterface.register(NAME, attention)
+        with ExitStack() as stack:
+            for config, name in zip(configs, before, strict=True):
+                config._attn_implementation = NAME
+                stack.callback(setattr, config, "_attn_implementation", name)
+            yield
+
+
+def _configs_of(model: nn.Module) -> list[Any]:
+    """The configurations that say which attention a transformers model uses."""
+    found = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "_attn_implementation")}
+    return list(found.values())
+
+
+class _Flash(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, workspace: bool, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        batch, heads, tokens, _ = query.shape
+        out = query.new_empty(batch, tokens, heads, value.shape[-1]).transpose(1, 2)
+        log_sum_exp = query.new_empty(batch, heads, tokens, dtype=torch.float32)
+        ctx.workspace = workspace
+        ctx.save_for_backward(query, key, value, out, log_sum_exp)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, _, log_sum_exp = ctx.saved_tensors
+        grads = [t.new_empty(t.shape[0], t.shape[2], t.shape[1], t.shape[3]).transpose(1, 2) for t in (query, key, value)]
+        held = []
+        if ctx.workspace:
+            held = [torch.empty_like(query, dtype=torch.float32), torch.empty_like(log_sum_exp)]
+            if key.shape[1] != query.shape[1]:
+                groups = query.shape[1] // key.shape[1]
+                held += [t.new_empty(t.shape[0], t.shape[1] * groups, *t.shape[2:]) for t in (key, value)]
+        del held
+        return None, *grads

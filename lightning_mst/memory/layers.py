@@ -1,0 +1,143 @@
+"""Two and three equal layers speak for any number of them: memory is linear in it, place by place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import nn
+
+from lightning_mst.memory.places import Place
+from lightning_mst.memory.tensor_bytes import Peak
+from lightning_mst.rewrite.checkpointing import is_checkpointed
+from lightning_mst.rewrite.discovery import find_layers
+
+
+class Role(NamedTuple):
+    """A place in a model of any depth.
+
+    Attributes:
+        phase: as of a ``Place``.
+        layer: the index of a layer in the whole model, or ``None``.
+        block: the block's name, within the layer where there is one.
+    """
+
+    phase: str
+    layer: int | None
+    block: str
+
+
+@dataclass(frozen=True)
+class Depth:
+    """How a model's layers fall into groups of equal ones.
+
+    Attributes:
+        names: the layers' names, in order.
+        groups: the indices of the layers in each group.
+    """
+
+    names: list[str]
+    groups: list[list[int]]
+
+
+def depth_of(model: nn.Module) -> Depth:
+    """Groups the layers by class, place, parameters, and by whether they are checkpointed."""
+    layers = find_layers(model)
+    groups: dict[object, list[int]] = {}
+    for index, (name, layer) in enumerate(layers):
+        parameters = tuple((n, p.shape, p.dtype, p.requires_grad) for n, p in layer.named_parameters())
+        key = (name.rpartition(".")[0], type(layer), parameters, is_checkpointed(layer))
+        groups.setdefault(key, []).append(index)
+    return Depth([name for name, _ in layers], list(groups.values()))
+
+
+def peaks_of(model: nn.Module, run: Callable[[], Mapping[Place, Peak]], *, shallow: int = 2) -> dict[Role, Peak]:
+    """The peaks of a step of the whole model, from steps of shorter ones.
+
+    The first and the last layer of a group bound what is between them, as memory is linear in the position, too.
+
+    Args:
+        model: with all its layers.
+        run: a step of the model as it is then.
+        shallow: how many layers of a group the smallest model has.
+
+    Returns:
+        The peak at each place.
+    """
+    depth = depth_of(model)
+    counts = [min(len(group), shallow) for group in depth.groups]
+    base = _run_with(model, depth, counts, run)
+    slopes = []
+    for index, group in enumerate(depth.groups):
+        if len(group) > counts[index]:
+            deeper = _run_with(model, depth, [n + (i == index) for i, n in enumerate(counts)], run)
+            slopes.append((len(group) - counts[index], deeper))
+    common = set(base).intersection(*(deeper for _, deeper in slopes))
+    return {role: _extended(base[role], [(n, deeper[role]) for n, deeper in slopes]) for role in common}
+
+
+def _run_with(
+    model: nn.Module, depth: Depth, counts: list[int], run: Callable[[], Mapping[Place, Peak]]
+) -> dict[Role, Peak]:
+    """The peaks of a model with so many layers of each group: the first ones and the last."""
+    kept = sorted(
+        index
+        for group, count in zip(depth.groups, counts, strict=True)
+        for index in (*group[: count - 1], *group[-1:])
+    )
+    ends = {index for group in depth.groups for index in (group[0], group[-1])}
+    with _only(model, [depth.names[index] for index in kept]) as new_names:
+        peaks = run()
+    layers = dict(zip(new_names, kept, strict=True))
+    found: dict[Role, Peak] = {}
+    for place, peak in peaks.items():
+        name = _layer_name(place.block, layers)
+        if name is None:
+            found[Role(place.phase, None, place.block)] = peak
+        elif layers[name] in ends:
+            found[Role(place.phase, layers[name], place.block[len(name) + 1 :])] = peak
+    return found
+
+
+def _layer_name(block: str, layers: Mapping[str, int]) -> str | None:
+    parts = block.split(".")
+    return next((name for i in range(len(parts), 0, -1) if (name := ".".join(parts[:i])) in layers), None)
+
+
+@contextmanager
+def _only(model: nn.Module, names: list[str]) -> Iterator[list[str]]:
+    """Leaves only these layers in a model while the body runs, and yields their names in it."""
+    before: dict[str, dict[str, nn.Module | None]] = {}
+    new_names: dict[str, str] = {}
+    for path in {name.rpartition(".")[0] for name, _ in find_layers(model)}:
+        container = model.get_submodule(path)
+        before[path] = dict(container._modules)
+        container._modules.clear()
+        for name in names:
+            parent, _, key = name.rpartition(".")
+            if parent == path:
+                # A ModuleList counts; the parts of other containers go by their names.
+                new_key = str(len(container._modules)) if isinstance(container, nn.ModuleList) else key
+                container._modules[new_key] = before[path][key]
+                new_names[name] = f"{path}.{new_key}" if path else new_key
+    try:
+        yield [new_names[name] for name in names]
+    finally:
+        for path, modules in before.items():
+            container = model.get_submodule(path)
+            container._modules.clear()
+            container._modules.update(modules)
+
+
+def _extended(base: Peak, slopes: list[tuple[int, Peak]]) -> Peak:
+    def at(value: Callable[[Peak], int]) -> int:
+        return value(base) + sum(n * (value(deeper) - value(base)) for n, deeper in slopes)
+
+    kinds = {kind for peak in (base, *(deeper for _, deeper in slopes)) for kind in peak.kinds}
+    return Peak(
+        at(lambda p: p.total),
+        {kind: at(lambda p, kind=kind: p.kinds.get(kind, 0)) for kind in kinds},  # type: ignore[misc]
+        at(lambda p: p.inside),
+    )

@@ -1,0 +1,170 @@
+"""One training step on fake tensors: the real model and the real rewrite, without memory or arithmetic."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lightning_mst.in_backward.optimizer import OptimizerInBackward
+from lightning_mst.memory.attention import FlashAttention
+from lightning_mst.memory.known_values import KnownValues, is_integer
+from lightning_mst.memory.places import Places, blocks_of
+from lightning_mst.memory.tensor_bytes import TensorBytes
+from lightning_mst.ops.rehearsal import rehearsal
+
+
+@dataclass(frozen=True)
+class Step:
+    """A training step, in Lightning's order: forward, zero_grad, backward, optimizer.
+
+    Attributes:
+        batch: what the model is given: real tensors, whose integers keep their values.
+        compute_loss: from the model and the batch to the loss.
+        make_optimizer: from the model to its optimizer, or ``None`` for a step without one.
+        autocast: the dtype of mixed precision, or ``None``.
+        accumulates: whether gradients of an earlier batch are there and stay.
+        on_gpu: whether to count what only GPUs' kernels and optimizers take.
+    """
+
+    batch: Any
+    compute_loss: Callable[[nn.Module, Any], Tensor]
+    make_optimizer: Callable[[nn.Module], Optimizer | None]
+    autocast: torch.dtype | None = None
+    accumulates: bool = False
+    on_gpu: bool = True
+
+
+def new_fake_mode() -> FakeTensorMode:
+    """A mode for models without memory; tensors that a model keeps beside its parameters may be real."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def fake_copy(module: nn.Module, fake: FakeTensorMode, shared: Iterable[Any] = ()) -> nn.Module:
+    """A copy of a module whose parameters and buffers are fake, on the CPU.
+
+    Args:
+        module: whole, that is, not sharded.
+        fake: the mode of the new tensors.
+        shared: objects that the copy refers to as the module does, instead of to copies.
+    """
+    memo: dict[int, Any] = {id(thing): thing for thing in shared}
+    with fake:
+        for tensor in (*module.parameters(), *module.buffers()):
+            twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+            if isinstance(tensor, nn.Parameter):
+                twin = nn.Parameter(twin, requires_grad=tensor.requires_grad)
+            memo[id(tensor)] = twin
+    return copy.deepcopy(module, memo)
+
+
+def rehearse(
+    model: nn.Module, step: Step, fake: FakeTensorMode, *, vocab_size: int | None = None, record: bool = False
+) -> TensorBytes:
+    """Runs a step as it is once the optimizer has its states, and follows the memory of its tensors.
+
+    Args:
+        model: with fake weights, in train mode and in the form to be measured.
+        step: the step.
+        fake: the mode of the weights.
+        vocab_size: V, to tell logits from other activations.
+        record: keep every change.
+
+    Returns:
+        What was alive where.
+    """
+    places = Places(blocks_of(model))
+    held = TensorBytes(places=places, vocab_size=vocab_size, record=record)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with ExitStack() as stack:
+        stack.enter_context(fake)
+        values = stack.enter_context(KnownValues(fake))
+        stack.enter_context(rehearsal())
+        attention = stack.enter_context(FlashAttention(kernel_workspace=step.on_gpu))
+        stack.enter_context(attention.in_transformers(model))
+        stack.enter_context(places.followed())
+        stack.enter_context(held)
+        held.count(model.parameters(), "weights")
+        held.count(model.buffers(), "buffers")
+        stack.enter_context(_gradients_marked(trained, held))
+        optimizer = step.make_optimizer(model)
+        if isinstance(optimizer, OptimizerInBackward):
+            stack.callback(optimizer.remove)
+        if optimizer is not None:
+            _give_states(optimizer, trained, held, places, on_gpu=step.on_gpu)
+        batch = _fake_batch(step.batch, fake, values)
+        held.count((t for t in tree_leaves(batch) if isinstance(t, Tensor)), "buffers")
+        held.forget_peaks()
+
+        places.phase = "forward"
+        with torch.autocast("cpu", dtype=step.autocast) if step.autocast else nullcontext():
+            loss = step.compute_loss(model, batch)
+        if not step.accumulates:
+            for parameter in trained:
+                parameter.grad = None
+        places.phase = "backward"
+        loss.backward()
+        del loss
+        places.phase = "optimizer"
+        if optimizer is not None and not step.accumulates:
+            optimizer.step()
+        held.freeze()
+        for parameter in trained:
+            parameter.grad = None
+    return held
+
+
+@contextmanager
+def _gradients_marked(trained: list[nn.Parameter], held: TensorBytes) -> Iterator[None]:
+    def mark(parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            held.count([parameter.grad], "gradients")
+
+    # Before those of an optimizer that steps in the backward pass.
+    hooks = [parameter.register_post_accumulate_grad_hook(mark) for parameter in trained]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _give_states(
+    optimizer: Optimizer, trained: list[nn.Parameter], held: TensorBytes, places: Places, *, on_gpu: bool
+) -> None:
+    """Takes a first step, which leaves the optimizer's states and, as in Lightning, the gradients."""
+    if on_gpu:
+        for group in optimizer.param_groups:
+            # What torch chooses by itself on a GPU.
+            if "foreach" in group and group["foreach"] is None and not group.get("fused"):
+                group["foreach"] = True
+    for parameter in trained:
+        parameter.grad = torch.empty_like(parameter)
+        held.count([parameter.grad], "gradients")
+    places.phase = "optimizer"
+    optimizer.step()
+    held.count((t for state in optimizer.state.values() for t in tree_leaves(state) if isinstance(t, Tensor)),
+               "optimizer_states")  # fmt: skip
+    if isinstance(optimizer, OptimizerInBackward):
+        optimizer.zero_grad()
+
+
+def _fake_batch(batch: Any, fake: FakeTensorMode, values: KnownValues) -> Any:
+    def twin(entry: Any) -> Any:
+        if not isinstance(entry, Tensor):
+            return entry
+        return values.give(entry) if is_integer(entry) else fake.from_tensor(entry)
+
+    return tree_map(twin, batch)
+
+
+__all__ = ["Step", "fake_copy", "new_fake_mode", "rehearse"]
+
