@@ -101,7 +101,9 @@ class _Flash(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, _, log_sum_exp = ctx.saved_tensors
-        grads = [t.new_empty(t.shape[0], t.shape[2], t.shape[1], t.shape[3]).transpose(1, 2) for t in (query, key, value)]
+        grads = [
+            t.new_empty(t.shape[0], t.shape[2], t.shape[1], t.shape[3]).transpose(1, 2) for t in (query, key, value)
+        ]
         held = []
         if ctx.workspace:
             held = [torch.empty_like(query, dtype=torch.float32), torch.empty_like(log_sum_exp)]

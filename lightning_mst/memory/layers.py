@@ -83,27 +83,18 @@ def _run_with(
 ) -> dict[Role, Peak]:
     """The peaks of a model with so many layers of each group: the first ones and the last."""
     kept = sorted(
-        index
-        for group, count in zip(depth.groups, counts, strict=True)
-        for index in (*group[: count - 1], *group[-1:])
+        index for group, count in zip(depth.groups, counts, strict=True) for index in (*group[: count - 1], *group[-1:])
     )
     ends = {index for group in depth.groups for index in (group[0], group[-1])}
     with _only(model, [depth.names[index] for index in kept]) as new_names:
         peaks = run()
-    layers = dict(zip(new_names, kept, strict=True))
+    indices = dict(zip(new_names, kept, strict=True))
     found: dict[Role, Peak] = {}
     for place, peak in peaks.items():
-        name = _layer_name(place.block, layers)
-        if name is None:
-            found[Role(place.phase, None, place.block)] = peak
-        elif layers[name] in ends:
-            found[Role(place.phase, layers[name], place.block[len(name) + 1 :])] = peak
+        index = indices.get(place.layer)
+        if index is None or index in ends:
+            found[Role(place.phase, index, place.block)] = peak
     return found
-
-
-def _layer_name(block: str, layers: Mapping[str, int]) -> str | None:
-    parts = block.split(".")
-    return next((name for i in range(len(parts), 0, -1) if (name := ".".join(parts[:i])) in layers), None)
 
 
 @contextmanager

@@ -16,38 +16,50 @@ from lightning_mst.rewrite.discovery import find_layers
 
 Phase = Literal["forward", "backward", "optimizer"]
 
-OUTSIDE = "outside the blocks"
-"""The block of what happens in none, such as a loss over whole logits."""
-
 
 class Place(NamedTuple):
     """A place in a training step.
 
     Attributes:
         phase: ``"forward"``, ``"backward"`` (with what is recomputed for it) or ``"optimizer"``.
-        block: the module's dotted name, or ``OUTSIDE``.
+        layer: the layer's dotted name, or ``""`` outside of the layers.
+        block: the block's name, within its layer where there is one; ``""`` for what happens in none, such as the
+            residual sums of a layer or a loss over whole logits.
     """
 
     phase: Phase
+    layer: str
     block: str
 
+    @property
+    def unit(self) -> tuple[str, str]:
+        """The pass through a whole layer, or through a block outside of the layers, that this is part of."""
+        return self.phase, self.layer or self.block
+
     def __str__(self) -> str:
-        """``backward of model.layers.3.mlp``."""
+        """For example ``backward of model.layers.3, mlp``."""
         if self.phase == "optimizer":
             return "optimizer step"
-        return f"{self.phase} {'' if self.block == OUTSIDE else 'of '}{self.block}"
+        return f"{self.phase} of {', '.join(filter(None, (self.layer, self.block))) or 'the loss'}"
 
 
-def blocks_of(model: nn.Module) -> dict[nn.Module, str]:
+Where = tuple[str, str]
+"""A place without its phase: layer and block."""
+
+
+def blocks_of(model: nn.Module) -> dict[nn.Module, Where]:
     """The modules that are places of their own: the layers, their children, and what has weights outside of layers."""
     layers = find_layers(model)
-    blocks = {layer: name for name, layer in layers}
-    blocks |= {child: f"{name}.{key}" for name, layer in layers for key, child in layer.named_children()}
+    blocks = {layer: (name, "") for name, layer in layers}
+    blocks |= {child: (name, key) for name, layer in layers for key, child in layer.named_children()}
     inside = {part for _, layer in layers for part in layer.modules()}
     for name, module in model.named_modules():
         if name and module not in inside and any(True for _ in module.parameters(recurse=False)):
-            blocks[module] = name
+            blocks[module] = ("", name)
     return blocks
+
+
+_NOWHERE: Where = ("", "")
 
 
 class Places:
@@ -65,11 +77,11 @@ class Places:
         on_change: called before the place changes.
     """
 
-    def __init__(self, blocks: Mapping[nn.Module, str]) -> None:
+    def __init__(self, blocks: Mapping[nn.Module, Where]) -> None:
         self._blocks = blocks
         self._phase: Phase = "forward"
-        self._calls: list[str] = []
-        self._gradient_at = OUTSIDE
+        self._calls: list[Where] = []
+        self._gradient_at: Where = _NOWHERE
         self._before_step: list[Phase] = []
         self.on_change: Callable[[], None] = lambda: None
 
@@ -81,17 +93,17 @@ class Places:
     @phase.setter
     def phase(self, phase: Phase) -> None:
         self.on_change()
-        self._phase, self._gradient_at = phase, OUTSIDE
+        self._phase, self._gradient_at = phase, _NOWHERE
         self._calls.clear()
 
     @property
     def now(self) -> Place:
         """The current place."""
         if self._phase == "optimizer":
-            return Place(self._phase, OUTSIDE)
+            return Place(self._phase, *_NOWHERE)
         if self._calls:
-            return Place(self._phase, self._calls[-1])
-        return Place(self._phase, self._gradient_at if self._phase == "backward" else OUTSIDE)
+            return Place(self._phase, *self._calls[-1])
+        return Place(self._phase, *(self._gradient_at if self._phase == "backward" else _NOWHERE))
 
     @contextmanager
     def followed(self) -> Iterator[None]:
@@ -108,27 +120,27 @@ class Places:
             yield
 
     def _enter(self, module: nn.Module, args: Any) -> None:
-        name = self._blocks.get(module)
-        if name is not None:
+        where = self._blocks.get(module)
+        if where is not None:
             self.on_change()
-            self._calls.append(name)
+            self._calls.append(where)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        name = self._blocks.get(module)
-        if name is None:
+        where = self._blocks.get(module)
+        if where is None:
             return
         self.on_change()
-        if name in self._calls:
+        if where in self._calls:
             # Whatever it called is over, too, also what ended without a word.
-            del self._calls[len(self._calls) - 1 - self._calls[::-1].index(name) :]
+            del self._calls[len(self._calls) - 1 - self._calls[::-1].index(where) :]
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor) and not isinstance(tensor, DeferredTensor) and tensor.grad_fn is not None:
-                tensor.grad_fn.register_prehook(lambda _: self._arrive(name))
+                tensor.grad_fn.register_prehook(lambda _: self._arrive(where))
                 break
 
-    def _arrive(self, name: str) -> None:
+    def _arrive(self, where: Where) -> None:
         self.on_change()
-        self._gradient_at = name
+        self._gradient_at = where
 
     def _begin_step(self, *_: Any) -> None:
         # One that is given a closure begins before the forward pass and is not meant.
@@ -142,7 +154,3 @@ class Places:
         if before == "backward":
             self.on_change()
             self._phase = before
-
-
-__all__ = ["OUTSIDE", "Phase", "Place", "Places", "blocks_of"]
-

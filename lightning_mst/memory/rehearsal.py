@@ -167,4 +167,3 @@ def _fake_batch(batch: Any, fake: FakeTensorMode, values: KnownValues) -> Any:
 
 
 __all__ = ["Step", "fake_copy", "new_fake_mode", "rehearse"]
-

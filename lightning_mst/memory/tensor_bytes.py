@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_mst.memory.places import Place, Places
 
+Unit = tuple[str, str] | None
 Kind = Literal["weights", "gradients", "optimizer_states", "buffers", "logits", "activations"]
 
 
@@ -25,7 +26,8 @@ class Peak:
     Attributes:
         total: live bytes.
         kinds: live bytes of each kind; ``"activations"`` are all tensors that are none of the others.
-        inside: of the activations, those that were made since the program came to the place.
+        inside: of the activations, those that were made in the same pass through the same layer, or through the same
+            block outside of the layers.
     """
 
     total: int
@@ -81,15 +83,12 @@ class TensorBytes(TorchDispatchMode):
         self._places = places
         self._vocab_size = vocab_size
         self._record = record
-        self._visit = 0
         self._of_kind: dict[str, int] = defaultdict(int)
-        self._of_visit: dict[int, int] = defaultdict(int)
-        # By the address of a storage: its bytes, its kind, and the visit in which it was made.
-        self._storages: dict[int, tuple[int, Kind, int]] = {}
+        self._of_unit: dict[Unit, int] = defaultdict(int)
+        # By the address of a storage: its bytes, its kind, and where it was made.
+        self._storages: dict[int, tuple[int, Kind, Unit]] = {}
         # Kept, so that the address of a storage stands for the same storage throughout.
         self._existing = {t.untyped_storage()._cdata: t.untyped_storage() for t in existing}
-        if places is not None:
-            places.on_change = self._leave_place
 
     def count(self, tensors: Iterable[Tensor], kind: Kind) -> None:
         """Counts tensors that exist already, or says of which kind those are that are counted."""
@@ -97,7 +96,7 @@ class TensorBytes(TorchDispatchMode):
             for plain in _plain_tensors(tensor):
                 storage = plain.untyped_storage()
                 self._existing.pop(storage._cdata, None)
-                self._forget(storage._cdata, silent=True)
+                self._forget(storage._cdata)
                 self._follow(storage, kind)
 
     def forget_peaks(self) -> None:
@@ -143,33 +142,33 @@ class TensorBytes(TorchDispatchMode):
 
     def _follow(self, storage: torch.UntypedStorage, kind: Kind) -> None:
         key, size = storage._cdata, storage.nbytes()
-        self._storages[key] = (size, kind, self._visit)
-        self._add(size, kind, self._visit)
+        place = self._places.now if self._places is not None else None
+        unit = place.unit if place is not None else None
+        self._storages[key] = (size, kind, unit)
+        self._add(size, kind, unit)
         weakref.finalize(storage, self._forget, key).atexit = False
 
     def _resize(self, storage: torch.UntypedStorage) -> None:
         """FSDP frees and refills gathered weights by resizing their storage."""
         known = self._storages.get(storage._cdata)
         if known is not None and known[0] != storage.nbytes():
-            size, kind, visit = known
-            self._storages[storage._cdata] = (storage.nbytes(), kind, visit)
-            self._add(storage.nbytes() - size, kind, visit)
+            size, kind, unit = known
+            self._storages[storage._cdata] = (storage.nbytes(), kind, unit)
+            self._add(storage.nbytes() - size, kind, unit)
 
-    def _forget(self, key: int, silent: bool = False) -> None:
+    def _forget(self, key: int) -> None:
         known = self._storages.pop(key, None)
         if known is not None:
-            size, kind, visit = known
-            self._add(-size, kind, visit, silent)
+            size, kind, unit = known
+            self._add(-size, kind, unit)
 
-    def _add(self, size: int, kind: Kind, visit: int, silent: bool = False) -> None:
+    def _add(self, size: int, kind: Kind, unit: Unit) -> None:
         self.live += size
         self._of_kind[kind] += size
         if kind == "activations":
-            self._of_visit[visit] += size
-        if silent or size == 0:
-            return
+            self._of_unit[unit] += size
         place = self._places.now if self._places is not None else None
-        if self._record:
+        if self._record and size:
             self.events.append(Event(self.live, place))
         if size > 0:
             self.peak = max(self.peak, self.live)
@@ -179,12 +178,7 @@ class TensorBytes(TorchDispatchMode):
     def _note(self, place: Place) -> None:
         before = self.peaks.get(place)
         if before is None or self.live > before.total:
-            self.peaks[place] = Peak(self.live, dict(self._of_kind), self._of_visit[self._visit])
-
-    def _leave_place(self) -> None:
-        if not self._of_visit[self._visit]:
-            del self._of_visit[self._visit]
-        self._visit += 1
+            self.peaks[place] = Peak(self.live, dict(self._of_kind), self._of_unit[place.unit])
 
 
 def _plain_tensors(tensor: Tensor) -> list[Tensor]:
