@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_mst.ops import LinearHead, linear_cross_entropy, token_wise
 from lightning_mst.ops.chunking import lm_head_split, mlp_num_chunks
 from lightning_mst.ops.deferred_logits import defer_logits
+from lightning_mst.rewrite.costs import head_cost, mlp_cost
 
 
 class GatedMLP(nn.Module):
@@ -25,9 +26,17 @@ class GatedMLP(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
+def auto_split(hidden: Tensor, weight: Tensor) -> dict[str, int]:
+    """How a head of hidden (S, D) and weight (V, D) is split by itself."""
+    vocab_size, hidden_size = weight.shape
+    cost = head_cost([weight], vocab_size, weight.dtype)
+    tokens = len(hidden)
+    return lm_head_split("auto", hidden_size=hidden_size, vocab_size=vocab_size, num_tokens=tokens, cost=cost)
+
+
 def lm_heads(hidden: Tensor, weight: Tensor, labels: Tensor) -> dict[str, Callable[[], Tensor]]:
     """Mean cross-entropy of an LM head: hidden (S, D), weight (V, D), labels (S,)."""
-    split = lm_head_split("auto", hidden_size=weight.shape[1], vocab_size=weight.shape[0])
+    split = auto_split(hidden, weight)
     size = split["chunk_tokens"]
 
     def unmodified() -> Tensor:
@@ -66,7 +75,7 @@ def losses(
 ) -> dict[str, Callable[[], Tensor]]:
     """A loss on the logits of heads, each hidden (S, D) and weight (V, D), and on rows of others, averaged over S."""
     hiddens, weights = zip(*heads, strict=True)
-    split = lm_head_split("auto", hidden_size=weights[0].shape[1], vocab_size=weights[0].shape[0])
+    split = auto_split(hiddens[0], weights[0])
 
     def unmodified(*rows: Tensor) -> Tensor:
         return loss(*map(F.linear, rows, weights), *rows[len(weights) :])
@@ -88,7 +97,8 @@ def losses(
 
 def mlps(x: Tensor, mlp: nn.Module, *, in_layer: bool) -> dict[str, Callable[[], Tensor]]:
     """A gated MLP on x (1, S, D), alone or with its residual in a checkpointed layer."""
-    num_chunks = mlp_num_chunks("auto", num_tokens=x.shape[1], hidden_size=x.shape[2])
+    cost = mlp_cost(mlp, x.shape[2])
+    num_chunks = mlp_num_chunks("auto", num_tokens=x.shape[1], hidden_size=x.shape[2], cost=cost)
 
     def chunked(block: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return lambda h: torch.cat([checkpoint(block, c, use_reentrant=False) for c in h.chunk(num_chunks, 1)], 1)

@@ -4,36 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_mst.in_backward.trainer import connect_optimizers, optimizers_in_backward
-from lightning_mst.memory.peak import PeakMemory
+from lightning_mst.memory.log import MemoryLog
 from lightning_mst.ops.chunking import Chunks
 from lightning_mst.rewrite.config import MSTConfig
 from lightning_mst.rewrite.handle import MSTHandle, apply_mst
 from lightning_mst.rewrite.verify import verify
 from lightning_mst.rewrite.zero3 import gather_whole_blocks
+from lightning_mst.training.auto_layers import check_auto_layers, settle_layers
 from lightning_mst.training.checks import check_model, check_trainer
+from lightning_mst.training.one_step import loss_of_training_step
 from lightning_mst.training.out_of_memory import RetryOutOfMemory, explain, is_out_of_memory
+from lightning_mst.training.predicted import HALF_PRECISION
+from lightning_mst.training.predicted_check import PredictionCheck
 from lightning_mst.training.ranks import agree_on_longest, check_same_settings, num_replicas
 from lightning_mst.training.sharding import shard_fsdp1
 from lightning_mst.training.side_effects import without_side_effects
+from lightning_mst.training.step_memory import StepMeter, metrics_of
+from lightning_mst.training.timeline import TimelineRecorder, check_matplotlib
 from lightning_mst.training.token_weights import TokenWeights, count_labels
 from lightning_mst.training.wrapping import wrapped
-
-_HALF_PRECISION = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 class MSTCallback(Callback):
@@ -50,7 +52,19 @@ class MSTCallback(Callback):
         mlp_modules: as in ``MSTConfig``.
         lm_head_module: as in ``MSTConfig``.
         log_memory: log every training step's peak memory as ``peak_memory_gib`` (GiB) to the loggers and the progress
-            bar: the allocator's peak on an accelerator, the process's peak resident size on a CPU.
+            bar, and the peaks of its phases as ``peak_memory_forward_gib``, ``peak_memory_backward_gib`` and
+            ``peak_memory_optimizer_gib`` to the loggers. ``True`` takes the allocator's peak on an accelerator and the
+            process's peak resident size on a CPU; ``"tensors"`` counts the exact bytes of tensors on any device, which
+            takes time at every operator. On an accelerator ``allocated_memory_gib`` and ``reserved_memory_gib`` come
+            with both. With several ranks, each number is that of the fullest. Where a step's peak occurred stands in
+            ``memory``. Bytes of tensors (an accelerator's, or ``"tensors"``) are compared with a prediction at the
+            beginning, and a difference of more than 10 % is warned about.
+        memory_timeline: draw the memory of one training step, the second, coloured by block, beside the modelled one of
+            the standard form: ``memory_timeline.png`` in the Trainer's ``default_root_dir``, with its data in
+            ``memory_timeline.json``, and on CUDA torch's ``memory_snapshot.pickle``. Needs matplotlib.
+        device_memory: as in ``MSTConfig``.
+        sequence_length: as in ``MSTConfig``.
+        batch_size: as in ``MSTConfig``.
         verify: before the first training step, compute one batch's loss and gradients with and without mini-sequences
             and stop if they differ. One step of the unmodified model must fit in memory.
         token_weighted: weight losses so that a step over several ranks and accumulated batches is that of one big
@@ -61,11 +75,12 @@ class MSTCallback(Callback):
 
     Raises:
         ValueError: at once, for a wrong value; at setup, if there is nothing to rewrite.
-        MisconfigurationException: at setup, for what does not go together.
+        MisconfigurationException: at setup, or before the first step, for what does not go together.
         VerificationError: before the first step, if ``verify`` finds a difference.
 
     Attributes:
         handle: the ``MSTHandle`` of the rewritten model while a Trainer runs, else ``None``.
+        memory: a ``MemoryLog`` of this rank: the last and the highest step, their peaks by place, and the prediction.
 
     Example:
         >>> trainer = Trainer(callbacks=[MSTCallback()])
@@ -75,23 +90,42 @@ class MSTCallback(Callback):
         self,
         mlp_chunks: Chunks = "auto",
         lm_head_chunks: Chunks = "auto",
-        checkpoint_layers: Literal["all", "none"] | int | Sequence[int] = "all",
+        checkpoint_layers: Literal["all", "none", "auto"] | int | Sequence[int] = "all",
         mlp_modules: str | Sequence[str] | None = None,
         lm_head_module: str | None = None,
-        log_memory: bool = True,
+        log_memory: bool | Literal["tensors"] = True,
         verify: bool = False,
         token_weighted: bool | Callable[[Any], Tensor | int] = False,
         on_oom: Literal["raise", "retry"] = "raise",
+        memory_timeline: bool = False,
+        device_memory: str | int | None = None,
+        sequence_length: int | None = None,
+        batch_size: int = 1,
     ) -> None:
+        if log_memory not in (True, False, "tensors"):
+            raise ValueError(f"log_memory={log_memory!r} is not a choice. Expected True, False or 'tensors'.")
         if on_oom not in ("raise", "retry"):
             raise ValueError(f"on_oom={on_oom!r} is not a choice. Expected 'raise' or 'retry'.")
-        self.config = MSTConfig(mlp_chunks, lm_head_chunks, checkpoint_layers, mlp_modules, lm_head_module)
+        self.config = MSTConfig(
+            mlp_chunks,
+            lm_head_chunks,
+            checkpoint_layers,
+            mlp_modules,
+            lm_head_module,
+            device_memory,
+            sequence_length,
+            batch_size,
+        )
         self.log_memory = log_memory
         self.verify = verify
         self.token_weighted = token_weighted
         self.on_oom = on_oom
+        self.memory_timeline = memory_timeline
         self.handle: MSTHandle | None = None
-        self._memory: PeakMemory | None = None
+        self.memory = MemoryLog()
+        self._meter: StepMeter | None = None
+        self._check: PredictionCheck | None = None
+        self._timeline: TimelineRecorder | None = None
         self._printed = False
         self._first_batch = True
         self._helpers: list[Callback] = []
@@ -105,8 +139,12 @@ class MSTCallback(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         check_trainer(trainer, self.config)
+        if stage == "fit":
+            check_auto_layers(trainer, self.config)
         if self.verify and stage == "fit":
             _check_can_verify(trainer, pl_module)
+        if self.memory_timeline and stage == "fit":
+            check_matplotlib()
         check_same_settings(self.config)
         self._first_batch = True
         self._helpers = self._make_helpers(trainer)
@@ -135,6 +173,8 @@ class MSTCallback(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Before the helpers, which may repeat what is measured.
+        self._start_measuring(trainer, pl_module)
         for helper in self._helpers:
             helper.on_train_start(trainer, pl_module)
 
@@ -142,6 +182,9 @@ class MSTCallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for helper in reversed(self._helpers):
             helper.on_train_end(trainer, pl_module)
+        if self._timeline is not None:
+            self._timeline.write(pl_module)
+        self._stop_measuring()
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -168,17 +211,28 @@ class MSTCallback(Callback):
         if self._first_batch:
             self._first_batch = False
             self._warn_if_eval_mode(pl_module)
+            if self.handle is not None and self.config.checkpoint_layers == "auto":
+                settle_layers(trainer, pl_module, self.handle, self.config, batch, batch_idx)
             if self.verify:
                 self._verify(trainer, pl_module, batch, batch_idx)
-        if self.log_memory:
-            if self._memory is None:
-                self._memory = self._start_measuring(trainer)
-            self._memory.reset()
+        self._begin_measuring(trainer, batch, batch_idx)
+
+    @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if self._meter is not None:
+            self._meter.before_backward()
+
+    @override
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._meter is not None:
+            self._meter.after_backward()
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         for helper in self._helpers:
             helper.on_before_optimizer_step(trainer, pl_module, optimizer)
+        if self._meter is not None:
+            self._meter.before_optimizer_step()
 
     @override
     def on_train_batch_end(
@@ -186,11 +240,52 @@ class MSTCallback(Callback):
     ) -> None:
         if self.handle is not None:
             self.handle.pace.longest = self.handle.pace.own = 1
-        if self._memory is None:
+        self._end_measuring(trainer, pl_module, batch, batch_idx)
+
+    def _start_measuring(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.memory = MemoryLog()
+        if self.memory_timeline:
+            assert self.handle is not None
+            self._timeline = TimelineRecorder(trainer, self.handle)
+        if self.log_memory or self.memory_timeline:
+            self._meter = StepMeter(trainer, pl_module, tensors=self.log_memory == "tensors")
+            if self.log_memory == "tensors" or self.memory_timeline:
+                self._meter.check_can_follow_tensors()
+            of_allocator = self._meter.memory.of_allocator
+            if self.log_memory == "tensors" or (self.log_memory and of_allocator):
+                self._check = PredictionCheck(self.memory, of_allocator=of_allocator and self.log_memory is True)
+
+    def _begin_measuring(self, trainer: Trainer, batch: Any, batch_idx: int) -> None:
+        if self._meter is None:
             return
-        peak = self._memory.read()
-        if peak is not None:
-            self.log("peak_memory_gib", peak / 2**30, prog_bar=True, on_step=True, reduce_fx="max", sync_dist=True)
+        if self._check is not None:
+            self._check.begin(trainer)
+        record = self._timeline is not None and self._timeline.wants(batch_idx)
+        if self._timeline is not None and record:
+            self._timeline.begin()
+        if self.log_memory or record:
+            self._meter.begin(batch, record=record)
+
+    def _end_measuring(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        step = self._meter.end() if self._meter is not None else None
+        if self._meter is None or step is None:
+            return
+        if self.log_memory:
+            self.memory.add(step)
+            for name, value in metrics_of(step, trainer.strategy.root_device).items():
+                self.log(name, value, prog_bar=name == "peak_memory_gib", on_step=True, reduce_fx="max")
+        if self._check is not None:
+            self._check.end(trainer, pl_module, batch, batch_idx, step)
+        if self._timeline is not None and self._timeline.recording:
+            assert self._meter.held is not None
+            self._timeline.end(self._meter.held, pl_module, batch, batch_idx)
+
+    def _stop_measuring(self) -> None:
+        if self._timeline is not None:
+            self._timeline.drop_step()
+        if self._meter is not None:
+            self._meter.close()
+        self._meter = self._check = self._timeline = None
 
     def _make_helpers(self, trainer: Trainer) -> list[Callback]:
         helpers: list[Callback] = []
@@ -204,8 +299,12 @@ class MSTCallback(Callback):
         return helpers
 
     def _apply(self, trainer: Trainer, pl_module: LightningModule) -> MSTHandle:
-        check_model(pl_module, self.config)
-        handle = apply_mst(pl_module, self.config)
+        config = self.config
+        if config.checkpoint_layers == "auto":
+            # Until the first batch tells how many layers are enough.
+            config = replace(config, checkpoint_layers="all", device_memory=None, sequence_length=None, batch_size=1)
+        check_model(pl_module, config)
+        handle = apply_mst(pl_module, config)
         handle.pace.shared = num_replicas(trainer) > 1
         if not self._printed and trainer.is_global_zero and not self.config.asks_for_nothing:
             handle.print()
@@ -215,19 +314,12 @@ class MSTCallback(Callback):
     def _end(self, trainer: Trainer) -> None:
         for optimizer in optimizers_in_backward(trainer):
             optimizer.remove()
+        self._stop_measuring()
         if self._undo is not None:
             self._undo.close()
         if self.handle is not None:
             self.handle.remove()
-        self.handle, self._memory, self._undo, self._helpers = None, None, None, []
-
-    def _start_measuring(self, trainer: Trainer) -> PeakMemory:
-        memory = PeakMemory(trainer.strategy.root_device)
-        if not memory.resettable:
-            rank_zero_warn(f"peak_memory_gib is the {memory.description}: it can only grow from step to step.")
-        if memory.read() is None:
-            rank_zero_warn("Nothing on this system measures peak memory, so peak_memory_gib is not logged.")
-        return memory
+        self.handle, self._undo, self._helpers = None, None, []
 
     def _warn_if_eval_mode(self, pl_module: LightningModule) -> None:
         if self.handle is None:
@@ -247,20 +339,11 @@ class MSTCallback(Callback):
         assert self.handle is not None
 
         def compute_loss() -> Tensor:
-            arguments = [batch]
-            if is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2):
-                arguments.append(batch_idx)
             with trainer.precision_plugin.train_step_context():
-                output = pl_module.training_step(*arguments)
-            loss = output["loss"] if isinstance(output, dict) else output
-            if not isinstance(loss, Tensor):
-                raise MisconfigurationException(
-                    f"verify=True needs a training_step that returns a loss; got {type(output).__name__}."
-                )
-            return loss
+                return loss_of_training_step(pl_module, batch, batch_idx, wanted_by="verify=True")
 
         with without_side_effects(pl_module):
-            result = verify(self.handle, compute_loss, dtype=_HALF_PRECISION.get(trainer.precision))
+            result = verify(self.handle, compute_loss, dtype=HALF_PRECISION.get(trainer.precision))
         rank_zero_info(
             f"MSTCallback verified the first batch: the loss differs by {result.loss_difference:.2g} from the "
             f"unmodified model's, gradients by at most {result.gradient_difference:.2g} of their norm "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ from typing_extensions import override
 from lightning_mst.frozen_base import check_same_base, describe_frozen, has_frozen_base, without_frozen
 from lightning_mst.in_backward.trainer import connect_optimizers
 from lightning_mst.metrics import Perplexity
+from lightning_mst.models import loss_of, takes_use_cache
 from lightning_mst.training.random_states import random_states, random_states_of_all_processes, set_random_states
 from lightning_mst.training.token_weights import TokenWeights
 
@@ -64,12 +64,12 @@ class CausalLM(pl.LightningModule):
         self.perplexity = Perplexity()
         self._states_to_restore: list[dict[str, Any]] | None = None
         # A cache of keys and values is of no use in training, and keeps every layer's alive.
-        self._forward_options = {"use_cache": False} if _takes_use_cache(model) else {}
+        self._forward_options = {"use_cache": False} if takes_use_cache(model) else {}
 
     @override
     def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
         """The mean loss over the counted tokens, of shape ``()``; ``input_ids`` and ``labels`` are ``(B, S)``."""
-        return _loss_of(self.model(input_ids=input_ids, labels=labels, **self._forward_options))
+        return loss_of(self.model(input_ids=input_ids, labels=labels, **self._forward_options))
 
     @override
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
@@ -161,29 +161,3 @@ class CausalLM(pl.LightningModule):
             )
             return
         set_random_states(states[self.global_rank], self.device)
-
-
-def _takes_use_cache(model: nn.Module) -> bool:
-    """Whether ``forward`` understands ``use_cache``, by name or (wrapped models) because its configuration has it."""
-    parameters = inspect.signature(model.forward).parameters
-    if "use_cache" in parameters:
-        return True
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    return takes_any and hasattr(getattr(model, "config", None), "use_cache")
-
-
-def _loss_of(output: Any) -> Tensor:
-    """The loss in what a model returned."""
-    if isinstance(output, Mapping):  # transformers' outputs are mappings, too
-        loss = output.get("loss")
-    elif isinstance(output, (tuple, list)):
-        loss = output[0] if output else None
-    else:
-        loss = getattr(output, "loss", output)
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise TypeError(
-            f"Given input_ids and labels, the model should return its loss (one number), got {got} in a"
-            f" {type(output).__name__}. Return the loss, (loss, ...), or an object with `.loss`."
-        )
-    return loss

@@ -1,4 +1,4 @@
-"""The command ``lightning-mst``: ``train`` and ``compare``."""
+"""The command ``lightning-mst``: ``train``, ``compare`` and ``plan``."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ Train a causal language model on long sequences with mini-sequences.
 commands:
   train     train one model, or sweep over settings with -m (arguments are Hydra overrides)
   compare   run the same training steps under several mini-sequence settings, side by side
+  plan      predict, without a GPU, how long sequences may be on one, and what fills its memory
 
 options:
   -h, --help   show this text, or after a command that command's options
@@ -31,6 +32,8 @@ examples:
   lightning-mst train -m mst.mlp_chunks=1,2,4,8 precision=32-true,bf16-true
   lightning-mst train model=hf model.name=Qwen/Qwen2-0.5B data=text 'data.paths=[book.txt]'
   lightning-mst compare --mst off recompute auto --steps 4 data.sequence_length=16384
+  lightning-mst plan model=llama3_8b precision=bf16-true optimizer=adamw_in_backward
+  lightning-mst plan --memory 24GiB --length 32768 model=llama3_8b precision=nf4-lora
 """
 
 
@@ -59,8 +62,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         from lightning_mst.program.compare import main as compare
 
         compare(rest)
+    elif command == "plan":
+        from lightning_mst.program.plan import main as plan
+
+        plan(rest)
     else:
-        print(f"lightning-mst: unknown command {command!r}; there are train and compare (see --help)", file=sys.stderr)
+        known = "there are train, compare and plan (see --help)"
+        print(f"lightning-mst: unknown command {command!r}; {known}", file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -68,7 +76,7 @@ def _train(overrides: list[str]) -> None:
     """Let Hydra compose the configuration, and train: once, or once per job of a sweep."""
     import hydra
 
-    from lightning_mst.program.conf import conf_dir
+    from lightning_mst.configurations import conf_dir
 
     process_argv = sys.argv
 

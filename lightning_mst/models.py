@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["check_positions", "check_vocabulary", "count_parameters", "from_config", "from_pretrained"]
+__all__ = [
+    "check_positions",
+    "check_vocabulary",
+    "count_parameters",
+    "from_config",
+    "from_pretrained",
+    "loss_of",
+    "num_positions",
+    "takes_use_cache",
+]
 
 
 def from_config(
@@ -126,10 +137,14 @@ def check_vocabulary(model: nn.Module, vocab_size: int) -> None:
         )
 
 
+def num_positions(model: nn.Module) -> int | None:
+    """How many positions a model has learned, or ``None``: rotary positions are computed, so that any length runs."""
+    config = getattr(model, "config", None)
+    return None if getattr(config, "rope_parameters", None) else getattr(config, "max_position_embeddings", None)
+
+
 def check_positions(model: nn.Module, sequence_length: int) -> None:
     """Make sure that a model with learned positions has one for every token of a sequence.
-
-    Rotary positions are computed, so that any length runs, trained or not.
 
     Args:
         model: The language model.
@@ -138,11 +153,35 @@ def check_positions(model: nn.Module, sequence_length: int) -> None:
     Raises:
         ValueError: The sequences are longer than the model's table of positions.
     """
-    config = getattr(model, "config", None)
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is None or getattr(config, "rope_parameters", None) or sequence_length <= positions:
-        return
-    raise ValueError(
-        f"The sequences have {sequence_length} tokens, but the model has learned positions for only {positions}."
-        f" Set data.sequence_length={positions} or less."
-    )
+    positions = num_positions(model)
+    if positions is not None and sequence_length > positions:
+        raise ValueError(
+            f"The sequences have {sequence_length} tokens, but the model has learned positions for only {positions}."
+            f" Set data.sequence_length={positions} or less."
+        )
+
+
+def takes_use_cache(model: nn.Module) -> bool:
+    """Whether ``forward`` understands ``use_cache``, by name or (wrapped models) because its configuration has it."""
+    parameters = inspect.signature(model.forward).parameters
+    if "use_cache" in parameters:
+        return True
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return takes_any and hasattr(getattr(model, "config", None), "use_cache")
+
+
+def loss_of(output: Any) -> Tensor:
+    """The loss in what a model returned."""
+    if isinstance(output, Mapping):  # transformers' outputs are mappings, too
+        loss = output.get("loss")
+    elif isinstance(output, (tuple, list)):
+        loss = output[0] if output else None
+    else:
+        loss = getattr(output, "loss", output)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise TypeError(
+            f"Given input_ids and labels, the model should return its loss (one number), got {got} in a"
+            f" {type(output).__name__}. Return the loss, (loss, ...), or an object with `.loss`."
+        )
+    return loss

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
 
@@ -13,12 +14,18 @@ import transformers
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.nn.modules import module as modules
+from torch.optim import optimizer as optimizers
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
 from lightning_mst import MSTCallback
+from lightning_mst.memory import PeakMemory, TensorBytes
+from lightning_mst.memory import peak as peak_module
 from lightning_mst.ops.deferred_logits import DeferredLogits
 from lightning_mst.rewrite.verify import VerificationError
+from lightning_mst.training import predicted_check, step_memory, timeline
+from lightning_mst.units import parse_bytes
 
 VOCAB = 101
 CHUNKS = {"mlp_chunks": 3, "lm_head_chunks": 3}
@@ -338,3 +345,242 @@ def test_verify_refuses_manual_optimization(tmp_path):
     program.automatic_optimization = False
     with pytest.raises(MisconfigurationException, match="manual optimization"):
         trainer(tmp_path, MSTCallback(**CHUNKS, verify=True)).fit(program, data())
+
+
+# --- where in a step the peak is -----------------------------------------------------------------------------------
+
+
+def global_hooks() -> int:
+    """How many hooks there are on all modules and optimizers of the process."""
+    tables = (
+        modules._global_forward_hooks, modules._global_forward_pre_hooks, optimizers._global_optimizer_pre_hooks,
+        optimizers._global_optimizer_post_hooks,
+    )  # fmt: skip
+    return sum(len(table) for table in tables)
+
+
+def test_every_step_logs_the_peak_of_each_phase_and_records_where_the_highest_was(tmp_path):
+    callback = MSTCallback(**CHUNKS)
+    runner = trainer(tmp_path, callback, logger=CSVLogger(tmp_path))
+    runner.fit(Program(), data())
+    lines = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text().splitlines()
+    columns = lines[0].split(",")
+    for line in lines[1:]:
+        values = dict(zip(columns, line.split(","), strict=True))
+        phases = [float(values[f"peak_memory_{phase}_gib"]) for phase in ("forward", "backward", "optimizer")]
+        assert float(values["peak_memory_gib"]) == max(phases)
+    step = callback.memory.last
+    assert step.step == 3
+    assert step.peak == max(step.places.values()) == step.places[step.place]
+    layers = {place.layer for place in step.places if place.phase == "backward"}
+    assert {"model.model.layers.0", "model.model.layers.1"} <= layers
+    assert callback.memory.highest.peak >= step.peak
+    assert (step.allocated, step.reserved, step.kinds) == (None, None, None)
+    assert not {"allocated_memory_gib", "reserved_memory_gib"} & runner.callback_metrics.keys()
+
+
+class AtWork(pl.Callback):
+    """Notes how many hooks there are during and between steps."""
+
+    def __init__(self) -> None:
+        self.within: list[int] = []
+        self.between: list[int] = []
+
+    def on_before_backward(self, *_) -> None:
+        self.within.append(global_hooks())
+
+    def on_validation_batch_start(self, *_) -> None:
+        self.between.append(global_hooks())
+
+    def on_train_batch_end(self, *_) -> None:
+        self.between.append(global_hooks())  # put behind MSTCallback
+
+
+@pytest.mark.parametrize("log_memory", [True, "tensors"])
+def test_hooks_are_there_in_the_steps_alone(tmp_path, log_memory):
+    at_work = AtWork()
+    before = global_hooks()
+    trainer(tmp_path, MSTCallback(**CHUNKS, log_memory=log_memory), at_work).fit(Program(), data(), data())
+    assert at_work.within == [before + 4] * 4
+    assert set(at_work.between) == {before}
+    assert global_hooks() == before
+    assert torch.utils._python_dispatch._len_torch_dispatch_stack() == 0
+
+
+@pytest.mark.parametrize("where", ["forward", "backward", "optimizer"])
+def test_no_hook_outlives_an_exception_in_mid_step(tmp_path, where):
+    class Failing(Program):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            if batch_idx == 1 and where == "forward":
+                raise ZeroDivisionError
+            return loss
+
+        def backward(self, loss: Tensor) -> None:
+            super().backward(loss)
+            if self.trainer.global_step == 1 and where == "backward":
+                raise ZeroDivisionError
+
+        def configure_gradient_clipping(self, *_, **__) -> None:
+            if self.trainer.global_step == 1 and where == "optimizer":
+                raise ZeroDivisionError
+
+    before, program = global_hooks(), Failing()
+    runner = trainer(tmp_path, MSTCallback(**CHUNKS, log_memory="tensors"))
+    with pytest.raises(ZeroDivisionError):
+        runner.fit(program, data())
+    assert global_hooks() == before
+    assert torch.utils._python_dispatch._len_torch_dispatch_stack() == 0
+    assert all(not p._post_accumulate_grad_hooks for p in program.parameters())
+    assert "training_step" not in runner.strategy.__dict__
+
+
+def test_a_repeated_step_is_forward_again_and_leaves_no_hook(tmp_path):
+    seen = []
+
+    class Scarce(Program):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            seen.append(callback._meter.places.phase)
+            return super().training_step(batch, batch_idx)
+
+        def backward(self, loss: Tensor) -> None:
+            super().backward(loss)
+            if len(seen) == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    callback = MSTCallback(**CHUNKS, on_oom="retry")
+    before, runner = global_hooks(), trainer(tmp_path, callback)
+    runner.fit(Scarce(), data())
+    assert seen == ["forward"] * 5
+    assert global_hooks() == before
+    assert not {"training_step", "backward"} & runner.strategy.__dict__.keys()
+
+
+def test_manual_optimization_has_its_phases_too(tmp_path):
+    seen = []
+
+    class Manual(Program):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> None:
+            for _ in range(2):
+                seen.append(callback._meter.places.phase)
+                self.manual_backward(self.loss(batch))
+                self.optimizers().step()
+                self.optimizers().zero_grad()
+
+    callback = MSTCallback(**CHUNKS, log_memory="tensors")
+    before = global_hooks()
+    trainer(tmp_path, callback).fit(Manual(), data())
+    assert seen == ["forward"] * 8
+    assert callback.memory.last.phases.keys() >= {"forward", "backward"}
+    assert global_hooks() == before
+
+
+def test_an_accelerator_logs_allocated_and_reserved_memory(tmp_path, monkeypatch):
+    class Module:
+        """An allocator that has given out what a ``TensorBytes`` counts."""
+
+        def memory_stats_as_nested_dict(self, device: torch.device) -> dict:
+            return {"allocated_bytes": {"all": {"peak": held.peak}}, "reserved_bytes": {"all": {"peak": 2 * held.peak}}}
+
+        def max_memory_allocated(self, device: torch.device) -> int:
+            return held.peak
+
+        def reset_peak_memory_stats(self, device: torch.device) -> None:
+            held.peak = held.live
+
+    monkeypatch.setattr(peak_module, "_module", lambda device: Module())
+    # Its fake tensors would be counted as if they took memory.
+    monkeypatch.setattr(predicted_check.PredictionCheck, "end", lambda *_: None)
+    monkeypatch.setattr(step_memory, "PeakMemory", lambda device: PeakMemory(torch.device("cuda", 0)))
+    peaks = {}
+    for log_memory in (True, "tensors"):
+        program, callback = Program(), MSTCallback(**CHUNKS, log_memory=log_memory)
+        runner = trainer(tmp_path, callback)
+        with TensorBytes() as held:
+            held.count((*program.parameters(), *program.buffers()), "weights")
+            runner.fit(program, data(300))
+        metrics = runner.callback_metrics
+        peaks[log_memory] = callback.memory.last
+        assert metrics["reserved_memory_gib"] == pytest.approx(2 * metrics["allocated_memory_gib"])
+        if log_memory is True:
+            assert metrics["allocated_memory_gib"] == metrics["peak_memory_gib"]
+    assert peaks[True].place == peaks["tensors"].place
+    assert peaks[True].peak == pytest.approx(peaks["tensors"].peak, rel=0.02)
+    assert sum(peaks["tensors"].kinds.values()) == peaks["tensors"].peak
+
+
+def test_of_a_compiled_model_the_passes_are_told_apart_but_tensors_are_not_followed(tmp_path):
+    def program() -> Program:
+        model = Program()
+        model.model.model.norm.compile(backend="eager")
+        return model
+
+    callback, before = MSTCallback(**CHUNKS), global_hooks()
+    trainer(tmp_path, callback, max_steps=1).fit(program(), data())
+    assert (
+        str(callback.memory.last.place).endswith(" of a compiled model")
+        or callback.memory.last.place.phase == "optimizer"
+    )
+    assert callback.memory.last.phases.keys() == {"forward", "backward", "optimizer"}
+    for options in ({"log_memory": "tensors"}, {"memory_timeline": True}):
+        with pytest.raises(MisconfigurationException, match=r"leave out torch\.compile"):
+            trainer(tmp_path, MSTCallback(**CHUNKS, **options)).fit(program(), data())
+    assert global_hooks() == before
+
+
+@pytest.mark.parametrize(("device_memory", "layers"), [("3MiB", 1), ("1GiB", 0)])
+def test_as_few_layers_are_checkpointed_as_the_first_batch_requires(tmp_path, device_memory, layers):
+    counts = []
+
+    class Counting(pl.Callback):
+        def on_train_batch_end(self, *_) -> None:
+            counts.append(sum(row.form == "checkpointed" for row in callback.handle.rows))
+
+    callback = MSTCallback(**CHUNKS, checkpoint_layers="auto", device_memory=device_memory, log_memory="tensors")
+    trainer(tmp_path, callback, Counting(), max_steps=3).fit(Program(optimizer=torch.optim.AdamW), data(400))
+    assert counts == [layers] * 3
+    assert callback.memory.highest.peak < parse_bytes(device_memory)
+
+
+def test_a_timeline_is_drawn_once_of_the_second_step(tmp_path):
+    pytest.importorskip("matplotlib")
+    callback = MSTCallback(**CHUNKS, log_memory=False, memory_timeline=True)
+    runner = trainer(tmp_path, callback)
+    runner.fit(Program(optimizer=torch.optim.AdamW), data(200))
+    drawn = json.loads((tmp_path / "memory_timeline.json").read_text())
+    standard, ours = drawn["timelines"]
+    assert (standard["form"], standard["source"]) == ("standard", "modelled")
+    assert (ours["form"], ours["source"]) == ("mini-sequences", "measured")
+    assert standard["peak_bytes"] > ours["peak_bytes"]
+    assert standard["persistent_bytes"] == ours["persistent_bytes"], "both with the optimizer's states"
+    assert drawn["title"] == "Memory of one training step of Program, 2 x 200 tokens"
+    assert "first step" not in drawn["note"]
+    assert (tmp_path / "memory_timeline.png").stat().st_size > 20_000
+    assert "peak_memory_gib" not in runner.callback_metrics
+
+
+def test_a_run_of_one_step_has_a_timeline_that_says_so(tmp_path):
+    pytest.importorskip("matplotlib")
+    off = {"mlp_chunks": None, "lm_head_chunks": None, "checkpoint_layers": "none"}
+    trainer(tmp_path, MSTCallback(**off, memory_timeline=True), max_steps=1).fit(Program(), data())
+    drawn = json.loads((tmp_path / "memory_timeline.json").read_text())
+    (standard,) = drawn["timelines"]
+    assert (standard["form"], standard["source"]) == ("standard", "measured")
+    assert "first step" in drawn["note"]
+
+
+def test_a_timeline_without_matplotlib_is_refused_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(timeline, "find_spec", lambda name: None)
+    program = Program()
+    with pytest.raises(MisconfigurationException, match=r"pip install 'lightning-mst\[plots\]'"):
+        trainer(tmp_path, MSTCallback(**CHUNKS, memory_timeline=True)).fit(program, data())
+    assert program.seen == []
+
+
+def test_a_wrong_way_to_log_memory_is_refused():
+    with pytest.raises(ValueError, match="log_memory='bytes' is not a choice"):
+        MSTCallback(log_memory="bytes")

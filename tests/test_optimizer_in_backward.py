@@ -31,9 +31,9 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from lightning_mst import apply_mst
+from lightning_mst.configurations import conf_dir
 from lightning_mst.in_backward import OptimizerInBackward
 from lightning_mst.memory import TensorBytes
-from lightning_mst.program.conf import conf_dir
 
 RANKS, STEPS, VOCAB = 2, 3, 61
 ADAMW = partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1)

@@ -28,7 +28,8 @@ class FlashAttention(TorchFunctionMode):
     Only shapes and dtypes of the results mean anything.
 
     Args:
-        kernel_workspace: count what the kernel of a GPU allocates for itself in the backward pass.
+        kernel_workspace: count what the kernel of a GPU allocates for itself in the backward pass. Without it, it is a
+            CPU's.
     """
 
     def __init__(self, *, kernel_workspace: bool) -> None:
@@ -62,7 +63,7 @@ class FlashAttention(TorchFunctionMode):
     @contextmanager
     def in_transformers(self, model: nn.Module) -> Iterator[None]:
         """Lets a transformers model use it while the body runs, whatever attention it is set to."""
-        configs = _configs_of(model)
+        configs = configs_of(model)
         if not configs:
             yield
             return
@@ -82,7 +83,7 @@ class FlashAttention(TorchFunctionMode):
             yield
 
 
-def _configs_of(model: nn.Module) -> list[Any]:
+def configs_of(model: nn.Module) -> list[Any]:
     """The configurations that say which attention a transformers model uses."""
     found = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "_attn_implementation")}
     return list(found.values())
@@ -91,9 +92,11 @@ def _configs_of(model: nn.Module) -> list[Any]:
 class _Flash(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, workspace: bool, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        batch, heads, tokens, _ = query.shape
-        out = query.new_empty(batch, tokens, heads, value.shape[-1]).transpose(1, 2)
-        log_sum_exp = query.new_empty(batch, heads, tokens, dtype=torch.float32)
+        # As the queries lie in memory; transformers copies what is not (B, S, H, D) then.
+        out = torch.empty_like(query)
+        if value.shape[-1] != query.shape[-1]:
+            out = out.new_empty(*query.shape[:-1], value.shape[-1])
+        log_sum_exp = query.new_empty(query.shape[:-1], dtype=torch.promote_types(query.dtype, torch.float32))
         ctx.workspace = workspace
         ctx.save_for_backward(query, key, value, out, log_sum_exp)
         return out
@@ -101,14 +104,13 @@ class _Flash(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, _, log_sum_exp = ctx.saved_tensors
-        grads = [
-            t.new_empty(t.shape[0], t.shape[2], t.shape[1], t.shape[3]).transpose(1, 2) for t in (query, key, value)
-        ]
-        held = []
-        if ctx.workspace:
-            held = [torch.empty_like(query, dtype=torch.float32), torch.empty_like(log_sum_exp)]
-            if key.shape[1] != query.shape[1]:
-                groups = query.shape[1] // key.shape[1]
-                held += [t.new_empty(t.shape[0], t.shape[1] * groups, *t.shape[2:]) for t in (key, value)]
+        if not ctx.workspace:
+            # A CPU's kernel leaves (B, S, H, D) whatever it was given.
+            return None, *(t.new_empty(t.transpose(1, 2).shape).transpose(1, 2) for t in (query, key, value))
+        grads = [torch.empty_like(t) for t in (query, key, value)]
+        held = [torch.empty_like(query, dtype=torch.float32), torch.empty_like(log_sum_exp)]
+        if key.shape[1] != query.shape[1]:
+            groups = query.shape[1] // key.shape[1]
+            held += [t.new_empty(t.shape[0], t.shape[1] * groups, *t.shape[2:]) for t in (key, value)]
         del held
         return None, *grads

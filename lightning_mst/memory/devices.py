@@ -22,14 +22,19 @@ class Device:
     source: str
 
 
-# Calibrate with `lightning-mst plan --measure` on the device.
+# One entry per kind of device. What to write here is printed by `lightning-mst plan --measure` on the device:
+#
+#   overhead = (total - free memory of the device - what torch's allocator holds)    the driver's context and kernels
+#            + (what is still allocated when the model is gone)                       the matmul workspaces
+#
+# No entry for GPUs has been measured yet: "cuda" is an estimate from what is known of its parts.
 DEVICES = {
     "cuda": Device(
         overhead=600 * MIB,
         is_gpu=True,
-        source="not measured here: about 500 MiB of CUDA context and kernels, and cuBLAS workspaces of 8 to 32 MiB "
-        "for each of the threads of the forward and the backward pass",
+        source="estimated, not measured: about 500 MiB for the CUDA context and its kernels, and cuBLAS workspaces of "
+        "8 to 32 MiB for each thread that multiplies matrices (one for forward, one for backward)",
     ),
-    "cpu": Device(overhead=0, is_gpu=False, source="bytes of tensors alone"),
+    "cpu": Device(overhead=0, is_gpu=False, source="none counted, only the bytes of tensors"),
 }
 """By the type of a ``torch.device``."""

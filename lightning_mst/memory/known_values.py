@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -16,11 +17,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
+_READ = torch.ops.aten._local_scalar_dense.default
+
 
 class KnownValues(TorchDispatchMode):
     """Computes for real what follows from integer tensors whose values are given, beside their fake twins.
 
     A batch of tokens takes a few megabytes however long it is, so that labels can be real where all else is fake.
+    A number that is read from other floating-point tensors (``item()``), such as a norm in an optimizer, is 1: it has
+    no part in the shape of anything.
 
     Args:
         fake: the mode in which all else runs; enter it before this one.
@@ -41,15 +46,19 @@ class KnownValues(TorchDispatchMode):
 
     def __torch_dispatch__(
         self,
-        func: Callable[..., Any],
+        func: Any,
         types: Iterable[type],
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Runs an operator on the fake tensors, and on the values as well if all of them are known."""
         kwargs = kwargs or {}
+        if func.namespace == "prim":  # a fake tensor's device, which is asked for more often than all else together
+            return func(*args, **kwargs)
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         if not tensors or not all(t in self._values for t in tensors):
+            if func is _READ and tensors[0].is_floating_point():
+                return 1.0
             return func(*args, **kwargs)
         real_args, real_kwargs = tree_map(self._value, (args, kwargs))
         with unset_fake_temporarily():

@@ -9,6 +9,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_mst.memory.devices import Device
+from lightning_mst.memory.distributed import is_sharded
 from lightning_mst.memory.layers import Role, peaks_of
 from lightning_mst.memory.rehearsal import Step, rehearse
 from lightning_mst.memory.tensor_bytes import Peak
@@ -71,9 +72,11 @@ def predict(
         The prediction.
     """
     vocab_size = vocab_size or vocab_size_of(model)
-    peaks = peaks_of(model, lambda: rehearse(model, step, fake, vocab_size=vocab_size).peaks)
+    # A sharded model gathers the next layer's weights ahead of time and reduces the last one's gradients behind.
+    shallow = 4 if is_sharded(step.strategy) else 2
+    peaks = peaks_of(model, lambda: rehearse(model, step, fake, vocab_size=vocab_size).peaks, shallow=shallow)
     role, peak = max(peaks.items(), key=lambda item: item[1].total)
-    return Prediction(_divided(peak, device), role.phase, _describe(role))
+    return Prediction(_divided(peak, device), role.phase, _describe(role), peak.kinds.get("host", 0))
 
 
 def vocab_size_of(model: nn.Module) -> int | None:
@@ -87,7 +90,7 @@ def vocab_size_of(model: nn.Module) -> int | None:
 
 
 def _divided(peak: Peak, device: Device) -> dict[str, int]:
-    kinds = dict.fromkeys(KINDS, 0) | {kind: n for kind, n in peak.kinds.items() if kind != "activations"}
+    kinds = {kind: peak.kinds.get(kind, 0) for kind in KINDS}
     kinds["activations_inside"] = peak.inside
     kinds["activations_kept"] = peak.kinds.get("activations", 0) - peak.inside
     kinds["overhead"] = device.overhead

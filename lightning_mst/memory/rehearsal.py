@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.optim import Optimizer
+from torch.optim import Adafactor, Optimizer
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_mst.in_backward.optimizer import OptimizerInBackward
 from lightning_mst.memory.attention import FlashAttention
+from lightning_mst.memory.distributed import attach, check_strategy, data_parallel, fake_group, is_sharded, shard
+from lightning_mst.memory.grouped_matmul import GroupedMatmul
 from lightning_mst.memory.known_values import KnownValues, is_integer
+from lightning_mst.memory.optimizers import states_on_host
 from lightning_mst.memory.places import Places, blocks_of
+from lightning_mst.memory.quantized import give_quantization, with_scales
 from lightning_mst.memory.tensor_bytes import TensorBytes
 from lightning_mst.ops.rehearsal import rehearsal
 
@@ -31,8 +36,11 @@ class Step:
         compute_loss: from the model and the batch to the loss.
         make_optimizer: from the model to its optimizer, or ``None`` for a step without one.
         autocast: the dtype of mixed precision, or ``None``.
-        accumulates: whether gradients of an earlier batch are there and stay.
+        accumulates: whether it is the last of several batches whose gradients are added up.
         on_gpu: whether to count what only GPUs' kernels and optimizers take.
+        strategy: one of ``distributed.STRATEGIES``.
+        num_devices: over how many devices; each has a batch like this one.
+        gradient_as_bucket_view: of ``"ddp"``. torch's and Lightning's default is ``False``, ours ``True``.
     """
 
     batch: Any
@@ -41,6 +49,13 @@ class Step:
     autocast: torch.dtype | None = None
     accumulates: bool = False
     on_gpu: bool = True
+    strategy: str = "single"
+    num_devices: int = 1
+    gradient_as_bucket_view: bool = True
+
+    def __post_init__(self) -> None:
+        """Checks the strategy."""
+        check_strategy(self.strategy, self.num_devices)
 
 
 def new_fake_mode() -> FakeTensorMode:
@@ -57,11 +72,16 @@ def fake_copy(module: nn.Module, fake: FakeTensorMode, shared: Iterable[Any] = (
         shared: objects that the copy refers to as the module does, instead of to copies.
     """
     memo: dict[int, Any] = {id(thing): thing for thing in shared}
+
+    def twin_of(tensor: Tensor) -> Tensor:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+
     with fake:
         for tensor in (*module.parameters(), *module.buffers()):
-            twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+            twin = twin_of(tensor)
             if isinstance(tensor, nn.Parameter):
                 twin = nn.Parameter(twin, requires_grad=tensor.requires_grad)
+            give_quantization(twin, tensor, twin_of)
             memo[id(tensor)] = twin
     return copy.deepcopy(module, memo)
 
@@ -81,32 +101,53 @@ def rehearse(
     Returns:
         What was alive where.
     """
-    places = Places(blocks_of(model))
-    held = TensorBytes(places=places, vocab_size=vocab_size, record=record)
-    trained = [p for p in model.parameters() if p.requires_grad]
     with ExitStack() as stack:
+        if step.strategy != "single":
+            stack.enter_context(fake_group(step.num_devices))
+        if is_sharded(step.strategy):
+            model = fake_copy(model, fake)
+            blocks = blocks_of(model)
+            shard(model, fake, step.strategy, step.num_devices, step.autocast)
+        else:
+            blocks = blocks_of(model)
+        places = Places(blocks)
+        held = TensorBytes(places=places, vocab_size=vocab_size, record=record)
+        trained = [p for p in model.parameters() if p.requires_grad]
         stack.enter_context(fake)
         values = stack.enter_context(KnownValues(fake))
+        stack.enter_context(GroupedMatmul())
         stack.enter_context(rehearsal())
         attention = stack.enter_context(FlashAttention(kernel_workspace=step.on_gpu))
         stack.enter_context(attention.in_transformers(model))
+        # Before its bytes are followed: the values stay outside of the step.
+        batch = fake_batch(step.batch, fake, values)
         stack.enter_context(places.followed())
         stack.enter_context(held)
-        held.count(model.parameters(), "weights")
+        held.count(with_scales(model.parameters()), "weights")
         held.count(model.buffers(), "buffers")
         stack.enter_context(_gradients_marked(trained, held))
+        run = partial(step.compute_loss, model)
+        if step.strategy == "ddp":
+            with held.counting("gradients"):
+                run = ddp = stack.enter_context(
+                    data_parallel(model, step.compute_loss, gradient_as_bucket_view=step.gradient_as_bucket_view)
+                )
         optimizer = step.make_optimizer(model)
         if isinstance(optimizer, OptimizerInBackward):
             stack.callback(optimizer.remove)
+        if step.strategy == "ddp":
+            attach(optimizer, ddp)
         if optimizer is not None:
             _give_states(optimizer, trained, held, places, on_gpu=step.on_gpu)
-        batch = _fake_batch(step.batch, fake, values)
+        if step.strategy == "ddp" and step.gradient_as_bucket_view:
+            for parameter in trained:  # theirs live in the buckets
+                parameter.grad = None
         held.count((t for t in tree_leaves(batch) if isinstance(t, Tensor)), "buffers")
         held.forget_peaks()
 
         places.phase = "forward"
-        with torch.autocast("cpu", dtype=step.autocast) if step.autocast else nullcontext():
-            loss = step.compute_loss(model, batch)
+        with autocast_of(step.autocast):
+            loss = run(batch)
         if not step.accumulates:
             for parameter in trained:
                 parameter.grad = None
@@ -114,7 +155,7 @@ def rehearse(
         loss.backward()
         del loss
         places.phase = "optimizer"
-        if optimizer is not None and not step.accumulates:
+        if optimizer is not None:
             optimizer.step()
         held.freeze()
         for parameter in trained:
@@ -141,10 +182,11 @@ def _give_states(
     optimizer: Optimizer, trained: list[nn.Parameter], held: TensorBytes, places: Places, *, on_gpu: bool
 ) -> None:
     """Takes a first step, which leaves the optimizer's states and, as in Lightning, the gradients."""
+    inner = getattr(optimizer, "wrapped", optimizer)
     if on_gpu:
         for group in optimizer.param_groups:
-            # What torch chooses by itself on a GPU.
-            if "foreach" in group and group["foreach"] is None and not group.get("fused"):
+            # What torch chooses by itself on a GPU, but for Adafactor.
+            if group.get("foreach", True) is None and not group.get("fused") and not isinstance(inner, Adafactor):
                 group["foreach"] = True
     for parameter in trained:
         parameter.grad = torch.empty_like(parameter)
@@ -153,11 +195,24 @@ def _give_states(
     optimizer.step()
     held.count((t for state in optimizer.state.values() for t in tree_leaves(state) if isinstance(t, Tensor)),
                "optimizer_states")  # fmt: skip
+    if on_gpu:
+        held.count(states_on_host(optimizer), "host")
     if isinstance(optimizer, OptimizerInBackward):
         optimizer.zero_grad()
 
 
-def _fake_batch(batch: Any, fake: FakeTensorMode, values: KnownValues) -> Any:
+def autocast_of(dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    """As the installed Lightning enters it: from some release on it keeps no copies of the weights until the end."""
+    if dtype is None:
+        return nullcontext()
+    from lightning.pytorch.plugins.precision import MixedPrecision
+
+    return MixedPrecision("16-mixed" if dtype == torch.float16 else "bf16-mixed", "cpu").forward_context()
+
+
+def fake_batch(batch: Any, fake: FakeTensorMode, values: KnownValues) -> Any:
+    """A batch whose integers keep their values, and whose other tensors have none."""
+
     def twin(entry: Any) -> Any:
         if not isinstance(entry, Tensor):
             return entry
@@ -166,4 +221,4 @@ def _fake_batch(batch: Any, fake: FakeTensorMode, values: KnownValues) -> Any:
     return tree_map(twin, batch)
 
 
-__all__ = ["Step", "fake_copy", "new_fake_mode", "rehearse"]
+__all__ = ["Step", "autocast_of", "fake_batch", "fake_copy", "new_fake_mode", "rehearse"]

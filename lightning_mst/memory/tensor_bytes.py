@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
+from typing_extensions import Self
 
 from lightning_mst.memory.places import Place, Places
 
 Unit = tuple[str, str] | None
-Kind = Literal["weights", "gradients", "optimizer_states", "buffers", "logits", "activations"]
+Kind = Literal["weights", "gradients", "optimizer_states", "buffers", "logits", "activations", "host"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class Peak:
 
     Attributes:
         total: live bytes.
-        kinds: live bytes of each kind; ``"activations"`` are all tensors that are none of the others.
+        kinds: live bytes of each kind; ``"activations"`` are all tensors that are none of the others, ``"host"`` those
+            in the host's memory, which are no part of the total.
         inside: of the activations, those that were made in the same pass through the same layer, or through the same
             block outside of the layers.
     """
@@ -85,8 +88,11 @@ class TensorBytes(TorchDispatchMode):
         self._record = record
         self._of_kind: dict[str, int] = defaultdict(int)
         self._of_unit: dict[Unit, int] = defaultdict(int)
+        self._kind: Kind | None = None
+        self._resize_storage: Callable[..., Any] | None = None
         # By the address of a storage: its bytes, its kind, and where it was made.
         self._storages: dict[int, tuple[int, Kind, Unit]] = {}
+        self._finalizers: dict[int, weakref.finalize[..., Any]] = {}
         # Kept, so that the address of a storage stands for the same storage throughout.
         self._existing = {t.untyped_storage()._cdata: t.untyped_storage() for t in existing}
 
@@ -99,6 +105,15 @@ class TensorBytes(TorchDispatchMode):
                 self._forget(storage._cdata)
                 self._follow(storage, kind)
 
+    @contextmanager
+    def counting(self, kind: Kind) -> Iterator[None]:
+        """Counts what is made in the body as of this kind."""
+        before, self._kind = self._kind, kind
+        try:
+            yield
+        finally:
+            self._kind = before
+
     def forget_peaks(self) -> None:
         """Starts a new measurement with what is alive now."""
         self.peak = self.live
@@ -108,16 +123,22 @@ class TensorBytes(TorchDispatchMode):
     def freeze(self) -> None:
         """Ends the measurement: what becomes of the tensors from now on is no event any more."""
         self._storages.clear()
+        # Tensors that live on would keep the measurement alive, one for every step that is measured.
+        for finalizer in self._finalizers.values():
+            finalizer.detach()
+        self._finalizers.clear()
 
     def __torch_dispatch__(
         self,
-        func: Callable[..., Any],
+        func: Any,
         types: Iterable[type],
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Runs the operator and takes note of the storages that it made."""
         kwargs = kwargs or {}
+        if func.namespace == "prim":  # a fake tensor's device, which is asked for more often than all else together
+            return func(*args, **kwargs)
         if any(is_traceable_wrapper_subclass(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)):
             # A sharded tensor's own operators come next, and those are seen.
             return NotImplemented
@@ -132,7 +153,26 @@ class TensorBytes(TorchDispatchMode):
                     self._follow(storage, self._kind_of(tensor))
         return result
 
+    def __enter__(self) -> Self:
+        """Begins; FSDP frees and refills gathered weights by resizing their storage, which is no operator."""
+        resize = self._resize_storage = torch.UntypedStorage.resize_
+
+        def resize_and_note(storage: torch.UntypedStorage, size: int) -> Any:
+            result = resize(storage, size)
+            self._resize(storage, "weights")
+            return result
+
+        torch.UntypedStorage.resize_ = resize_and_note  # type: ignore[method-assign, assignment]
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        """Ends."""
+        super().__exit__(*exception)
+        torch.UntypedStorage.resize_ = self._resize_storage  # type: ignore[method-assign, assignment]
+
     def _kind_of(self, tensor: Tensor) -> Kind:
+        if self._kind is not None:
+            return self._kind
         if tensor.shape[-1:] == (self._vocab_size,) and self._place_phase() != "optimizer":
             return "logits"
         return "activations"
@@ -146,25 +186,30 @@ class TensorBytes(TorchDispatchMode):
         unit = place.unit if place is not None else None
         self._storages[key] = (size, kind, unit)
         self._add(size, kind, unit)
-        weakref.finalize(storage, self._forget, key).atexit = False
+        self._finalizers[key] = weakref.finalize(storage, self._forget, key)
+        self._finalizers[key].atexit = False
 
-    def _resize(self, storage: torch.UntypedStorage) -> None:
-        """FSDP frees and refills gathered weights by resizing their storage."""
+    def _resize(self, storage: torch.UntypedStorage, new_kind: Kind | None = None) -> None:
         known = self._storages.get(storage._cdata)
         if known is not None and known[0] != storage.nbytes():
             size, kind, unit = known
+            self._add(-size, kind, unit)
+            kind = new_kind or kind
             self._storages[storage._cdata] = (storage.nbytes(), kind, unit)
-            self._add(storage.nbytes() - size, kind, unit)
+            self._add(storage.nbytes(), kind, unit)
 
     def _forget(self, key: int) -> None:
         known = self._storages.pop(key, None)
         if known is not None:
+            self._finalizers.pop(key).detach()
             size, kind, unit = known
             self._add(-size, kind, unit)
 
     def _add(self, size: int, kind: Kind, unit: Unit) -> None:
-        self.live += size
         self._of_kind[kind] += size
+        if kind == "host":
+            return
+        self.live += size
         if kind == "activations":
             self._of_unit[unit] += size
         place = self._places.now if self._places is not None else None
@@ -185,5 +230,6 @@ def _plain_tensors(tensor: Tensor) -> list[Tensor]:
     """The tensors that a sharded or quantized one is made of."""
     if not is_traceable_wrapper_subclass(tensor):
         return [tensor]
-    names, _ = tensor.__tensor_flatten__()
-    return [plain for name in names for plain in _plain_tensors(getattr(tensor, name))]
+    names, _ = tensor.__tensor_flatten__()  # some name what is no tensor as well, such as a mesh of devices
+    inner = (getattr(tensor, name) for name in names)
+    return [plain for part in inner if isinstance(part, Tensor) for plain in _plain_tensors(part)]

@@ -6,13 +6,14 @@ paper's M; ``chunk_tokens`` is the length of one mini-sequence.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 Chunks = int | Literal["auto", "paper"] | None
 """How a block is split: a number M, a rule that picks M from the sizes, or ``None`` for "leave the block alone"."""
 
 # Below this many tokens a chunk's matmuls no longer fill a device, so splitting further costs time.
-_MLP_MIN_TOKENS = 1024
+MLP_MIN_TOKENS = 1024
 _LM_HEAD_MIN_TOKENS = 512
 # The logits of so few tokens cost less than the bookkeeping that would avoid them (generation, short prompts).
 _FEW_LOGITS_BYTES = 16 * 2**20
@@ -85,43 +86,72 @@ def chunk_bounds(num_tokens: int, num_chunks: int) -> list[tuple[int, int]]:
     return bounds
 
 
-def mlp_num_chunks(setting: int | str, *, num_tokens: int, hidden_size: int, sparsity: int = 1) -> int:
+@dataclass(frozen=True)
+class BlockCost:
+    """What splitting a block saves and costs in memory.
+
+    Attributes:
+        per_token: bytes that the whole block keeps inside for the backward pass of each token.
+        per_split: bytes that splitting adds, however many chunks: each weight's gradient is summed up in fp32 beside
+            the gradient of one chunk.
+    """
+
+    per_token: int
+    per_split: int
+
+    def pays(self, num_tokens: int, num_chunks: int) -> bool:
+        """Whether a split saves more than it costs."""
+        return self.per_token * (num_tokens - -(-num_tokens // num_chunks)) > self.per_split
+
+
+def mlp_num_chunks(
+    setting: int | str, *, num_tokens: int, hidden_size: int, sparsity: int = 1, cost: BlockCost | None = None
+) -> int:
     """The number of mini-sequences for an MLP.
 
     ``"paper"`` is the rule of arXiv 2407.15892: mini-sequences of D tokens, none when there are fewer tokens.
-    ``"auto"`` splits from 2 * max(D, 1024) tokens on, into chunks of at least max(D, 1024) tokens: chunking costs one
-    fp32 accumulator per weight (12 * D * I bytes for a gated MLP) and saves about five half-precision intermediates
-    (10 * I bytes per token), so below about two times D tokens it would cost memory, and with fewer than about 1,024
-    tokens to a matmul it would cost time. With experts, both are ``sparsity`` times as much.
+    ``"auto"`` takes as many as keep the device busy, which holds the block's inside far below the layer's other parts,
+    and one where splitting would cost memory. A chunk has at least 1,024 tokens, below which its matmuls no longer
+    fill a device, and at least D where weights are trained: every chunk reads and writes their fp32 sums. With experts,
+    both are ``sparsity`` times as much.
 
     Args:
         setting: M itself, ``"auto"`` or ``"paper"``.
         num_tokens: B * S.
         hidden_size: D, the block's input width.
         sparsity: E / k of a mixture of E experts of which each token goes to k; each expert's matmuls see a share
-            k / E of a chunk's tokens, and every expert has its accumulators.
+            k / E of a chunk's tokens, and every expert has its sums.
+        cost: what a split saves and costs, where it is known.
 
     Returns:
-        M, at least 1 and at most one per token; 1 means that the block runs as it is.
+        M, at least 1 and at most one per token; 1 means that the block is not split.
     """
     if isinstance(setting, int):
         return resolve_num_chunks(num_tokens, num_chunks=setting, chunk_tokens=None)
     if setting == "paper":
         return max(1, -(-num_tokens // hidden_size)) if num_tokens >= hidden_size else 1
-    return max(1, num_tokens // (max(hidden_size, _MLP_MIN_TOKENS) * sparsity))
+    is_frozen = cost is not None and cost.per_split == 0
+    least = MLP_MIN_TOKENS if is_frozen else max(hidden_size, MLP_MIN_TOKENS)
+    num_chunks = max(1, num_tokens // (least * sparsity))
+    return num_chunks if cost is None or cost.pays(num_tokens, num_chunks) else 1
 
 
-def lm_head_split(setting: int | str, *, hidden_size: int, vocab_size: int) -> dict[str, int]:
+def lm_head_split(
+    setting: int | str, *, hidden_size: int, vocab_size: int, num_tokens: int, cost: BlockCost
+) -> dict[str, int]:
     """How an LM head with its loss is split, as the keyword that ``linear_cross_entropy`` takes.
 
     ``"paper"``: M = V / D, so that a chunk's logits take as many bytes as the hidden states; they grow with S.
     ``"auto"``: at most max(D / 4, 512) tokens in a chunk, so that a chunk's logits take a quarter of the bytes of the
-    weight's gradient, which the head needs anyway, and stay constant as S grows.
+    weight's gradient, which the head needs anyway, and stay constant as S grows; one chunk where splitting would cost
+    memory.
 
     Args:
         setting: M itself, ``"auto"`` or ``"paper"``.
         hidden_size: D.
         vocab_size: V.
+        num_tokens: B * S.
+        cost: what a split saves and costs.
 
     Returns:
         ``{"num_chunks": M}`` or ``{"chunk_tokens": c}``.
@@ -130,6 +160,9 @@ def lm_head_split(setting: int | str, *, hidden_size: int, vocab_size: int) -> d
         return {"num_chunks": setting}
     if setting == "paper":
         return {"num_chunks": -(-vocab_size // hidden_size)}
+    # The sums and what becomes of them outlive the chunks' logits, however few those are.
+    if cost.per_token * num_tokens < cost.per_split:
+        return {"num_chunks": 1}
     return {"chunk_tokens": max(hidden_size // 4, _LM_HEAD_MIN_TOKENS)}
 
 

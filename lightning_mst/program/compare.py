@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lightning_mst.program.conf import conf_dir
+from lightning_mst.configurations import conf_dir
 from lightning_mst.program.results import read_result, remove_result
 from lightning_mst.program.sweep import write_csv
 from lightning_mst.program.tables import describe_model, number, print_table

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_mst.callback import MSTCallback
+
 __all__ = ["History"]
 
 
@@ -17,6 +19,7 @@ log = logging.getLogger(__name__)
 
 # Names among the trainer's metrics.
 _LOSSES, _PEAKS, _STEPS = "history_losses", "history_peak_memory_gib", "history_steps"
+_WHERE = "history_peak_memory_where"
 
 
 class History(pl.Callback):
@@ -32,6 +35,7 @@ class History(pl.Callback):
         self._step = 0
         self.started = False  # whether training has begun: what fails earlier is the configuration
         self._peaks: list[Tensor] = []
+        self._where: str | None = None
         self._tokens_per_second: Tensor | None = None
 
     @override
@@ -73,6 +77,9 @@ class History(pl.Callback):
         lists = {_LOSSES: self._losses, _PEAKS: self._peaks}
         trainer.callback_metrics.update({key: torch.stack(values) for key, values in lists.items() if values})
         trainer.callback_metrics[_STEPS] = torch.tensor(self._step)
+        self._where = _where_memory_was_highest(trainer)
+        if self._where is not None:
+            trainer.callback_metrics[_WHERE] = torch.tensor(list(self._where.encode()))  # as numbers come back alone
 
     def take_over(self, trainer: pl.Trainer) -> None:
         """Takes what the copy of this object has kept that saw the training in a spawned process."""
@@ -80,6 +87,8 @@ class History(pl.Callback):
         self._step = int(metrics[_STEPS])
         self._losses, self._peaks = list(metrics.get(_LOSSES, ())), list(metrics.get(_PEAKS, ()))
         self._tokens_per_second = metrics.get("tokens_per_second")
+        if _WHERE in metrics:
+            self._where = bytes(metrics[_WHERE].tolist()).decode()
 
     @property
     def steps(self) -> int:
@@ -97,6 +106,17 @@ class History(pl.Callback):
         return max((float(peak) for peak in self._peaks), default=None)
 
     @property
+    def peak_memory_where(self) -> str | None:
+        """Where in its step the main process had its highest peak, or None where nothing can tell."""
+        return self._where
+
+    @property
     def tokens_per_second(self) -> float | None:
         """Over the whole training, or None where nothing measured it."""
         return None if self._tokens_per_second is None else float(self._tokens_per_second)
+
+
+def _where_memory_was_highest(trainer: pl.Trainer) -> str | None:
+    logs = [callback.memory for callback in trainer.callbacks if isinstance(callback, MSTCallback)]
+    highest = logs[0].highest if logs else None
+    return str(highest.place) if highest is not None and highest.place is not None else None

@@ -18,6 +18,7 @@ def print_summary(result: dict[str, Any], folder: Path) -> None:
     table = Table(title="Training run", show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column()
+    where = result.get("peak_memory_where")
     devices = f"{result['devices']} ({result['strategy']})" if result["devices"] > 1 else None
     for name, value in {
         "model": describe_model(result),
@@ -28,7 +29,7 @@ def print_summary(result: dict[str, Any], folder: Path) -> None:
         "loss of the last step": number(result["loss"], 4),
         "validation perplexity": number(result["val_perplexity"], 2),
         "tokens per second": number(result["tokens_per_second"], 0),
-        "peak memory (GiB)": number(result["peak_memory_gib"], 3),
+        "peak memory (GiB)": number(result["peak_memory_gib"], 3) + (f", {where}" if where else ""),
         "written to": str(folder),
     }.items():
         if value is not None:

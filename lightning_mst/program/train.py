@@ -49,6 +49,7 @@ def train(config: DictConfig) -> dict[str, Any]:
     Returns:
         What ``result.json`` holds: ``status``, ``loss`` (of the last step), ``losses`` (one per step of this run),
         ``val_perplexity``, ``val_loss``, ``tokens_per_second``, ``peak_memory_gib`` (the highest of all steps),
+        ``peak_memory_where`` (in its step: phase, layer and block, in the main process),
         ``steps``, ``sequence_length``, ``batch_size`` (per device), ``parameters``, ``trainable_parameters``,
         ``model``, ``mst`` (its settings), ``mst_name``, ``precision``, ``strategy``, ``devices`` (of all machines),
         ``quantization``, ``adapter`` and ``seed``. Losses, perplexity and speed are those of all devices together,
@@ -121,6 +122,7 @@ def run(config: DictConfig) -> dict[str, Any]:
         "val_loss": validation.get("val_loss"),
         "tokens_per_second": history.tokens_per_second,
         "peak_memory_gib": history.peak_memory_gib,
+        "peak_memory_where": history.peak_memory_where,
         "steps": history.steps,
         "sequence_length": config.data.sequence_length,
         "batch_size": config.data.batch_size,

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from torch import Size, Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lightning_mst.ops.chunking import mlp_num_chunks
+from lightning_mst.ops.chunking import MLP_MIN_TOKENS, BlockCost, mlp_num_chunks
 from lightning_mst.ops.token_wise import token_wise
 from lightning_mst.rewrite.fsdp1 import weights_of
 from lightning_mst.rewrite.pace import Pace
@@ -49,14 +50,25 @@ class Call:
         """The first tensor, (*lead, D)."""
         return self._inputs[0]
 
-    def num_chunks(self, setting: int | str, pace: Pace, sparsity: int = 1) -> int:
+    def num_chunks(self, setting: int | str, pace: Pace, sparsity: int = 1, cost: BlockCost | None = None) -> int:
         """M for a setting, the same on all ranks; see ``mlp_num_chunks``."""
         width = self.x.shape[-1]
         if isinstance(setting, int) and pace.shared:
             return setting * pace.factor
         num_tokens = pace.longest_of(self.x.numel() // max(1, width))
-        chunks = mlp_num_chunks(setting, num_tokens=num_tokens, hidden_size=width, sparsity=sparsity)
+        chunks = mlp_num_chunks(setting, num_tokens=num_tokens, hidden_size=width, sparsity=sparsity, cost=cost)
         return max(1, min(chunks * pace.factor, num_tokens))
+
+    def is_worth_recomputing(self, setting: int | str, *, in_checkpoint: bool) -> bool:
+        """Whether ``"auto"`` rather recomputes a block that it does not split than keep its inside for backward.
+
+        Args:
+            setting: of the block.
+            in_checkpoint: whether its layer is recomputed anyway.
+        """
+        if setting != "auto" or in_checkpoint or not torch.is_grad_enabled():
+            return False
+        return self.x.numel() // max(1, self.x.shape[-1]) >= MLP_MIN_TOKENS
 
     def run(
         self,
@@ -106,7 +118,9 @@ class Call:
                 "need them whole. Call lightning_mst.rewrite.zero3.gather_whole_blocks(handle) after "
                 "deepspeed.initialize, or leave both to Trainer(strategy='mst_deepspeed_stage_3')."
             )
-        outputs = token_wise(piece, self._inputs, num_chunks=num_chunks, exactly=True, parameters=parameters)
+        outputs = token_wise(
+            piece, self._inputs, num_chunks=num_chunks, exactly=True, keep_single_chunk=False, parameters=parameters
+        )
         result, *said = layout.unpack(outputs)
         for router, answer in zip(routers, said, strict=True):
             announce(router, answer, self.x)

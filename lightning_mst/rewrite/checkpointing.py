@@ -53,8 +53,13 @@ def choose_layers(setting: str | int | Sequence[int], num_layers: int) -> set[in
         The selected indices.
 
     Raises:
-        ValueError: for an index that is not a layer.
+        ValueError: for an index that is not a layer, or ``"auto"``, which takes more than the model to know.
     """
+    if setting == "auto":
+        raise ValueError(
+            "checkpoint_layers='auto' depends on the training step. MSTCallback chooses the layers by itself; without "
+            "Lightning: apply_mst(model, lightning_mst.memory.settle(config, model))."
+        )
     if setting == "all":
         return set(range(num_layers))
     if setting == "none":

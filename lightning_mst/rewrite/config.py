@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from lightning_mst.ops.chunking import Chunks, check_chunks
+from lightning_mst.units import parse_bytes
 
 
 @dataclass(frozen=True)
@@ -19,10 +20,16 @@ class MSTConfig:
             mini-sequence), or ``None`` to leave MLPs alone.
         lm_head_chunks: the same for the LM head with its loss (``"paper"``: M = V / D).
         checkpoint_layers: which decoder layers recompute their activations in the backward pass: ``"all"``, ``"none"``
-            (leave the model's own setting as it is), a whole number n for every n-th layer, or a list of layer indices.
+            (leave the model's own setting as it is), a whole number n for every n-th layer, a list of layer indices,
+            or ``"auto"`` for as few as the device's memory allows.
         mlp_modules: name patterns (``"*.mlp"``, as in ``fnmatch``) that say which modules are MLPs, instead of
             discovery.
         lm_head_module: a name pattern that says which modules are LM heads, instead of discovery.
+        device_memory: for ``checkpoint_layers="auto"``: of each device, ``"80GiB"`` (2**30 bytes each), ``"80GB"``
+            (10**9 each), or bytes. Default: what the accelerator has.
+        sequence_length: for ``checkpoint_layers="auto"``: tokens in the longest sequences. Default: in those of the
+            first batch.
+        batch_size: for ``checkpoint_layers="auto"``: sequences of that length on each device.
 
     Raises:
         ValueError: for a value that is none of these.
@@ -30,15 +37,19 @@ class MSTConfig:
 
     mlp_chunks: Chunks = "auto"
     lm_head_chunks: Chunks = "auto"
-    checkpoint_layers: Literal["all", "none"] | int | Sequence[int] = "all"
+    checkpoint_layers: Literal["all", "none", "auto"] | int | Sequence[int] = "all"
     mlp_modules: str | Sequence[str] | None = None
     lm_head_module: str | None = None
+    device_memory: str | int | None = None
+    sequence_length: int | None = None
+    batch_size: int = 1
 
     def __post_init__(self) -> None:
         """Checks every field."""
         check_chunks("mlp_chunks", self.mlp_chunks)
         check_chunks("lm_head_chunks", self.lm_head_chunks)
         _check_checkpoint_layers(self.checkpoint_layers)
+        self._check_sizes()
         for name in ("mlp_modules", "lm_head_module"):
             _check_patterns(name, getattr(self, name))
         if self.mlp_modules is not None and self.mlp_chunks is None:
@@ -47,6 +58,40 @@ class MSTConfig:
             raise ValueError(
                 "lm_head_module names the head, but lm_head_chunks=None leaves it alone. Drop one of them."
             )
+
+    @classmethod
+    def for_memory(
+        cls, device_memory: str | int, *, sequence_length: int | None = None, batch_size: int = 1, **options: Any
+    ) -> MSTConfig:
+        """Settings that recompute only as many layers as a device requires.
+
+        Args:
+            device_memory: of each device, such as ``"80GiB"``.
+            sequence_length: tokens in the longest sequences; default: in those of the first batch.
+            batch_size: sequences of that length on each device.
+            **options: other fields.
+
+        Returns:
+            A config for ``MSTCallback`` and the strategies, which choose the layers when they know the training step.
+            Without Lightning, ``lightning_mst.memory.settle`` chooses them.
+        """
+        given = {"device_memory": device_memory, "sequence_length": sequence_length, "batch_size": batch_size}
+        return cls(checkpoint_layers="auto", **given, **options)  # type: ignore[arg-type]
+
+    def _check_sizes(self) -> None:
+        for name, least in (("sequence_length", 2), ("batch_size", 1)):
+            value = getattr(self, name)
+            if (name, value) != ("sequence_length", None) and not (
+                isinstance(value, int) and not isinstance(value, bool) and value >= least
+            ):
+                raise ValueError(f"{name}={value!r} is not a whole number of at least {least}.")
+        if self.device_memory is not None:
+            parse_bytes(self.device_memory)
+            if self.checkpoint_layers != "auto":
+                raise ValueError(
+                    f"device_memory={self.device_memory!r} is for checkpoint_layers='auto', but checkpoint_layers="
+                    f"{self.checkpoint_layers!r}. Drop one of the two."
+                )
 
     @property
     def asks_for_nothing(self) -> bool:
@@ -63,7 +108,7 @@ class MSTConfig:
 
 def _check_checkpoint_layers(value: object) -> None:
     if isinstance(value, str):
-        valid = value in ("all", "none")
+        valid = value in ("all", "none", "auto")
     elif isinstance(value, int):
         valid = not isinstance(value, bool) and value >= 1
     elif isinstance(value, Sequence):
@@ -73,8 +118,8 @@ def _check_checkpoint_layers(value: object) -> None:
         valid = False
     if not valid:
         raise ValueError(
-            f"checkpoint_layers={value!r} is not a choice of layers. Expected 'all', 'none', a whole number n of at "
-            "least 1 (every n-th layer), or a list of different layer indices from 0 on."
+            f"checkpoint_layers={value!r} is not a choice of layers. Expected 'all', 'none', 'auto', a whole number n "
+            "of at least 1 (every n-th layer), or a list of different layer indices from 0 on."
         )
 
 

@@ -9,7 +9,9 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from lightning_mst.ops.chunking import BlockCost
 from lightning_mst.rewrite.checkpointing import is_transformers_layer
+from lightning_mst.rewrite.costs import mlp_cost
 from lightning_mst.rewrite.dataflow import ATTENTION, find_pair, follower_of
 from lightning_mst.rewrite.joining import rewrite_pair
 from lightning_mst.rewrite.mlp import FEED_FORWARD_METHODS, rewrite_method, rewrite_mlp
@@ -94,6 +96,7 @@ class _Search:
     def __init__(self, widths: set[int], verdicts: dict[object, Verdict]) -> None:
         self._widths = widths
         self._verdicts = verdicts
+        self._costs: dict[object, BlockCost | None] = {}
         self._followers: dict[object, str | None] = {}
         self._pairs: dict[object, tuple[str, str] | None] = {}
 
@@ -152,8 +155,10 @@ class _Search:
         follower_name = self._follower(layer, name, module, verdict)
         follower = None if follower_name is None else layer.get_submodule(follower_name)
 
+        cost = self._cost(module, verdict)
+
         def rewrite(chunks: int | str) -> None:
-            rewrite_mlp(module, chunks, follower=follower, routers=routers)
+            rewrite_mlp(module, chunks, follower=follower, routers=routers, cost=cost)
 
         notes = ["experts"] if routers else []
         if follower_name is not None:
@@ -201,6 +206,12 @@ class _Search:
             self._verdicts[key] = probe(module, widths, method=method)
         return self._verdicts[key]
 
+    def _cost(self, module: nn.Module, verdict: Verdict) -> BlockCost | None:
+        key = (_signature(module), tuple(p.requires_grad for p in module.parameters()))
+        if key not in self._costs:
+            self._costs[key] = None if verdict.routers else mlp_cost(module, verdict.width)
+        return self._costs[key]
+
     def named(self, name: str, module: nn.Module) -> Candidate:
         """A module that the user says is an MLP."""
         verdict = self._verdict(module)
@@ -208,7 +219,10 @@ class _Search:
         if reason is not None:
             return Candidate(name, type(module).__name__, None, reason)
         routers = [module.get_submodule(router) for router in verdict.routers]
-        return Candidate(name, type(module).__name__, lambda chunks: rewrite_mlp(module, chunks, routers=routers))
+        cost = self._cost(module, verdict)
+        return Candidate(
+            name, type(module).__name__, lambda chunks: rewrite_mlp(module, chunks, routers=routers, cost=cost)
+        )
 
 
 def _named(layer: str, candidate: Candidate) -> Candidate:

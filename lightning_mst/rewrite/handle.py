@@ -15,6 +15,7 @@ from torch import nn
 from lightning_mst.rewrite.checkpointing import (
     checkpoint_layer,
     choose_layers,
+    is_checkpointed,
     is_checkpointed_by_itself,
     switch_models,
     why_not_checkpointed,
@@ -22,6 +23,7 @@ from lightning_mst.rewrite.checkpointing import (
 from lightning_mst.rewrite.config import MSTConfig
 from lightning_mst.rewrite.discovery import Candidate, find_layers, find_mlps, match_mlps
 from lightning_mst.rewrite.heads import find_lm_heads, match_lm_heads
+from lightning_mst.rewrite.mlp import MLPForm
 from lightning_mst.rewrite.pace import Pace
 from lightning_mst.rewrite.probe import Verdict
 from lightning_mst.rewrite.shadow import forms, lifted, restore, shadowed
@@ -178,6 +180,10 @@ class _Plan:
             switch_models(self._model, bool(self._chosen))
             for index, (_, layer) in enumerate(self._layers):
                 checkpoint_layer(layer, index in self._chosen)
+        for _, layer in self._layers:
+            for form in forms(layer):
+                if isinstance(form, MLPForm):
+                    form.in_checkpoint = is_checkpointed(layer)
 
     def _choose_mlps(self, model: nn.Module) -> list[Candidate]:
         config = self._config

@@ -14,6 +14,7 @@ from lightning_mst.ops.chunking import few_logits, lm_head_split
 from lightning_mst.ops.context import AutocastState, RNGState, drop_autocast_copies
 from lightning_mst.ops.deferred_logits import Request, defer_logits
 from lightning_mst.ops.heads import Head, LinearHead, ModuleHead
+from lightning_mst.rewrite.costs import head_cost
 from lightning_mst.rewrite.fsdp1 import weights_of
 from lightning_mst.rewrite.pace import Pace
 from lightning_mst.rewrite.shadow import form_of, original_forward, shadow_method
@@ -92,7 +93,13 @@ def hidden_states_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | 
 
 def deferred(module: nn.Module, form: LMHeadForm, hidden: Tensor, head: Head) -> Tensor:
     """Deferred logits whose losses ask ``module``."""
-    split = lm_head_split(form.chunks, hidden_size=hidden.shape[-1], vocab_size=head.vocab_size)
+    split = lm_head_split(
+        form.chunks,
+        hidden_size=hidden.shape[-1],
+        vocab_size=head.vocab_size,
+        num_tokens=hidden.numel() // max(1, hidden.shape[-1]),
+        cost=head_cost(head.parameters, head.vocab_size, head.logits_dtype(hidden, AutocastState.now(hidden.device))),
+    )
     return defer_logits(hidden, head, split=form.pace.split(split), run=Ask(module))
 
 

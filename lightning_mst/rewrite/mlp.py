@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_mst.ops.chunking import BlockCost
 from lightning_mst.rewrite.call import Call
 from lightning_mst.rewrite.joining import defer, rewrite_joining
 from lightning_mst.rewrite.pace import Pace
@@ -26,11 +27,20 @@ class MLPForm:
     is_followed: bool = False
     routers: list[nn.Module] = field(default_factory=list)
     sparsity: int = 1
+    # Of a block that is a module of its own.
+    cost: BlockCost | None = None
+    # Whether its layer is recomputed, so that it keeps nothing for backward as it is.
+    in_checkpoint: bool = True
     pace: Pace = field(default_factory=Pace)
 
 
 def rewrite_mlp(
-    mlp: nn.Module, chunks: int | str, *, follower: nn.Module | None = None, routers: list[nn.Module] | None = None
+    mlp: nn.Module,
+    chunks: int | str,
+    *,
+    follower: nn.Module | None = None,
+    routers: list[nn.Module] | None = None,
+    cost: BlockCost | None = None,
 ) -> None:
     """Lets an MLP or a mixture of experts run over mini-sequences.
 
@@ -41,9 +51,11 @@ def rewrite_mlp(
             mini-sequences: outside them it would need the MLP's output again, which checkpointing would then have to
             compute once more.
         routers: the submodules that score experts, whose outputs others may record.
+        cost: what a split saves and costs, where it is known.
     """
     routers = routers or []
-    shadow_method(mlp, _mlp_forward, MLPForm(chunks, [mlp], follower is not None, routers, expert_sparsity(mlp)))
+    form = MLPForm(chunks, [mlp], follower is not None, routers, expert_sparsity(mlp), cost)
+    shadow_method(mlp, _mlp_forward, form)
     for router in routers:
         rewrite_router(router)
     if follower is not None:
@@ -66,8 +78,8 @@ def _mlp_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     form: MLPForm = form_of(self)
     forward = original_forward(self)
     call = Call(type(self).__name__, args, kwargs)
-    num_chunks = call.num_chunks(form.chunks, form.pace, form.sparsity)
-    if num_chunks == 1:
+    num_chunks = call.num_chunks(form.chunks, form.pace, form.sparsity, form.cost)
+    if num_chunks == 1 and not call.is_worth_recomputing(form.chunks, in_checkpoint=form.in_checkpoint):
         return forward(*args, **kwargs)
     routers = [router for router in form.routers if has_listeners(router)]
     how: dict[str, Any] = {"forward": forward, "num_chunks": num_chunks, "parts": form.parts, "routers": routers}
@@ -81,7 +93,7 @@ def _run_method(name: str, self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     method = original_method(self, name)
     call = Call(f"{type(self).__name__}.{name}", args, kwargs)
     num_chunks = call.num_chunks(form.chunks, form.pace)
-    if num_chunks == 1:
+    if num_chunks == 1 and not call.is_worth_recomputing(form.chunks, in_checkpoint=form.in_checkpoint):
         return method(*args, **kwargs)
     return call.run(forward=method, num_chunks=num_chunks, parts=form.parts)
 

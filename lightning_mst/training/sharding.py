@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import sys
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
-from lightning_mst.rewrite.discovery import find_layers
 from lightning_mst.rewrite.fsdp1 import keep_work_in_units
 from lightning_mst.rewrite.fsdp1_head import ask_units
+from lightning_mst.rewrite.fsdp2 import shard_models
 from lightning_mst.rewrite.handle import MSTHandle
-from lightning_mst.rewrite.heads import find_lm_heads
 
 __all__ = [
     "check_all_sharded",
@@ -152,55 +147,6 @@ def check_heads(handle: MSTHandle, units: set[nn.Module]) -> None:
                     " weights for every mini-sequence. Make a unit of the head as a whole, or leave both out of the"
                     " policy. (Or use lm_head_chunks=None.)"
                 )
-
-
-def shard_models(pl_module: nn.Module, mesh: DeviceMesh, precision: str) -> None:
-    """Shards every language model in a LightningModule by FSDP2: each layer, embedding and head a unit, then the rest.
-
-    A model that is sharded already stays as it is. An embedding and a head that share their weight belong to the
-    model's own unit.
-
-    Args:
-        pl_module: holds transformers models, or else other modules that it calls.
-        mesh: one-dimensional, over the data-parallel ranks.
-        precision: the Trainer's; under ``"bf16-mixed"`` weights are gathered in bf16 and gradients reduced in fp32.
-    """
-    options: dict[str, Any] = {"mesh": mesh}
-    if precision == "bf16-mixed":
-        options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
-    for model in _models(pl_module):
-        if not isinstance(model, FSDPModule):
-            _shard(model, options)
-
-
-def _shard(model: nn.Module, options: dict[str, Any]) -> None:
-    layers = find_layers(model)
-    for _, layer in layers:
-        if not any(isinstance(module, FSDPModule) for module in layer.modules()):
-            fully_shard(layer, **options)
-    heads = [model.get_submodule(head.name) for head in find_lm_heads(model, layers) if head.name]
-    inside = {module for _, layer in layers for module in layer.modules()}
-    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding) and m not in inside]
-    apart = list(dict.fromkeys([*embeddings, *heads]))
-    uses = Counter(parameter for module in apart for parameter in module.parameters())
-    for module in apart:
-        if all(uses[parameter] == 1 for parameter in module.parameters()):
-            # The loss needs the head's weight right after its forward: gathered once, it is kept for both.
-            fully_shard(module, **options, reshard_after_forward=module not in heads)
-    fully_shard(model, **options)
-
-
-def _models(pl_module: nn.Module) -> Iterator[nn.Module]:
-    """The outermost transformers models, or else the children that have parameters."""
-    transformers = sys.modules.get("transformers")
-    models = [m for m in pl_module.modules() if transformers and isinstance(m, transformers.PreTrainedModel)]
-    if not models:
-        yield from (child for child in pl_module.children() if any(True for _ in child.parameters()))
-    inside: set[nn.Module] = set()
-    for model in models:
-        if model not in inside:
-            inside.update(model.modules())
-            yield model
 
 
 def check_all_sharded(pl_module: nn.Module) -> None:

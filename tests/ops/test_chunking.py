@@ -1,6 +1,7 @@
 import pytest
 
 from lightning_mst.ops.chunking import (
+    BlockCost,
     check_chunks,
     chunk_bounds,
     few_logits,
@@ -8,6 +9,8 @@ from lightning_mst.ops.chunking import (
     mlp_num_chunks,
     resolve_num_chunks,
 )
+
+FREE = BlockCost(1, 0)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 7, 64, 1000, 1001])
@@ -87,7 +90,8 @@ def test_the_papers_mlp_rule_gives_mini_sequences_of_hidden_size_tokens(hidden_s
 def test_the_papers_head_rule_gives_vocabulary_over_hidden_size_rounded_up(
     hidden_size: int, vocab_size: int, expected: int
 ) -> None:
-    assert lm_head_split("paper", hidden_size=hidden_size, vocab_size=vocab_size) == {"num_chunks": expected}
+    split = lm_head_split("paper", hidden_size=hidden_size, vocab_size=vocab_size, num_tokens=10**6, cost=FREE)
+    assert split == {"num_chunks": expected}
 
 
 @pytest.mark.parametrize("hidden_size", [64, 1024, 4096])
@@ -107,19 +111,45 @@ def test_auto_splits_an_mlp_only_from_twice_the_hidden_size_and_2048_tokens_on(h
 
 @pytest.mark.parametrize(("hidden_size", "expected"), [(64, 512), (2048, 512), (4096, 1024), (8192, 2048)])
 def test_the_auto_head_chunk_stays_the_same_as_sequences_grow(hidden_size: int, expected: int) -> None:
-    split = lm_head_split("auto", hidden_size=hidden_size, vocab_size=128256)
-    assert split == {"chunk_tokens": expected}
     longest = []
     for num_tokens in (8192, 65536, 1048576):
+        split = lm_head_split("auto", hidden_size=hidden_size, vocab_size=128256, num_tokens=num_tokens, cost=FREE)
         num_chunks = resolve_num_chunks(num_tokens, num_chunks=None, **split)
         longest.append(max(stop - start for start, stop in chunk_bounds(num_tokens, num_chunks)))
     assert longest == [expected] * 3
 
 
+def test_auto_splits_an_mlp_only_where_that_saves_more_than_the_sums_of_its_gradients_take() -> None:
+    cost = BlockCost(per_token=100, per_split=100 * 6000)
+
+    def chunks(num_tokens: int) -> int:
+        return mlp_num_chunks("auto", num_tokens=num_tokens, hidden_size=1024, cost=cost)
+
+    assert [chunks(n) for n in (2048, 4096, 7168, 8192)] == [1, 1, 7, 8]
+
+
+def test_auto_splits_a_frozen_mlp_into_chunks_of_1024_tokens_however_wide_it_is() -> None:
+    frozen, trained = BlockCost(100, 0), BlockCost(100, 1)
+    assert mlp_num_chunks("auto", num_tokens=8192, hidden_size=4096, cost=frozen) == 8
+    assert mlp_num_chunks("auto", num_tokens=8192, hidden_size=4096, cost=trained) == 2
+
+
+def test_auto_splits_a_head_only_where_its_logits_outweigh_the_sums_of_its_gradients() -> None:
+    def split(num_tokens: int, per_split: int) -> dict[str, int]:
+        cost = BlockCost(per_token=2 * 1000, per_split=per_split)
+        return lm_head_split("auto", hidden_size=4096, vocab_size=1000, num_tokens=num_tokens, cost=cost)
+
+    sums = 4 * 1000 * 4096
+    assert split(8191, sums) == {"num_chunks": 1}
+    assert split(8192, sums) == {"chunk_tokens": 1024}
+    assert split(1, 0) == {"chunk_tokens": 1024}
+
+
 @pytest.mark.parametrize("setting", [1, 5])
 def test_a_number_of_chunks_is_obeyed(setting: int) -> None:
     assert mlp_num_chunks(setting, num_tokens=100, hidden_size=4096) == setting
-    assert lm_head_split(setting, hidden_size=4096, vocab_size=128256) == {"num_chunks": setting}
+    split = lm_head_split(setting, hidden_size=4096, vocab_size=128256, num_tokens=10**6, cost=FREE)
+    assert split == {"num_chunks": setting}
     assert mlp_num_chunks(setting, num_tokens=1, hidden_size=4096) == 1
 
 

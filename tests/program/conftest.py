@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from lightning_mst.cli import main
-from lightning_mst.program.conf import conf_dir
+from lightning_mst.configurations import conf_dir
 
 WORDS = ["long", "sequence", "memory", "token", "layer", "gradient", "loss", "head", "chunk", "attention", "model"]
 

@@ -11,13 +11,14 @@ import lightning_mst
 from lightning_mst.cli import main
 
 
-def test_help_names_both_commands(capsys):
+def test_help_names_all_commands(capsys):
     for argv in ([], ["--help"], ["-h"]):
         main(argv)
         text = capsys.readouterr().out
         assert text.startswith("usage: lightning-mst COMMAND")
         assert "train" in text
         assert "compare" in text
+        assert "plan" in text
 
 
 def test_the_version_is_the_packages(capsys):
@@ -32,7 +33,7 @@ def test_an_unknown_command_is_named_and_exits_with_2(capsys):
 
     assert exit_info.value.code == 2
     assert capsys.readouterr().err == (
-        "lightning-mst: unknown command 'trian'; there are train and compare (see --help)\n"
+        "lightning-mst: unknown command 'trian'; there are train, compare and plan (see --help)\n"
     )
 
 

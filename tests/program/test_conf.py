@@ -16,8 +16,8 @@ from omegaconf import OmegaConf
 from torch import nn
 
 import lightning_mst
+from lightning_mst.configurations import conf_dir
 from lightning_mst.data import TextDataModule
-from lightning_mst.program.conf import conf_dir
 from lightning_mst.program.errors import ConfigurationError
 from lightning_mst.program.strategy import build_strategy, check_strategy
 from lightning_mst.program.train import build, missing_keys

@@ -33,7 +33,7 @@ def test_the_wheel_carries_every_configuration(wheel):
 def test_an_installed_wheel_finds_its_own_configurations(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path)  # which is what installing it does
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
-    code = "from lightning_mst.program.conf import conf_dir; print(conf_dir())"
+    code = "from lightning_mst.configurations import conf_dir; print(conf_dir())"
     shown = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )

@@ -1,0 +1,134 @@
+"""The command line of ``lightning-mst plan``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightning_mst.configurations import names_of
+from lightning_mst.units import parse_bytes
+
+__all__ = ["DEFAULT_MEMORY", "DEFAULT_OUTPUT", "STDOUT", "Arguments", "parse"]
+
+DEFAULT_RUNGS = ("off", "recompute", "paper", "auto")
+DEFAULT_MEMORY = "80GiB"
+DEFAULT_OUTPUT = Path("outputs", "plan")
+STDOUT = "-"
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """A command line.
+
+    Attributes:
+        settings: Mini-sequence settings to plan.
+        memory: Bytes of each device; None: as much as the one that is there has.
+        length: A sequence length that is wanted, in tokens.
+        output: Folder for the figure and the numbers.
+        json: A file for the numbers, or ``"-"`` for stdout and nothing else there.
+        measure: Run real steps, and compare.
+        overrides: Hydra's.
+    """
+
+    settings: list[str]
+    memory: int | None
+    length: int | None
+    output: Path | None
+    json: str | None
+    measure: bool
+    overrides: list[str]
+
+
+def parse(argv: Sequence[str]) -> Arguments:
+    """Read a command line.
+
+    Raises:
+        SystemExit: 2, with what is wrong.
+    """
+    parser = argparse.ArgumentParser(
+        prog="lightning-mst plan",
+        description="Predict the peak memory of a training step, without a GPU and without a weight in memory,\n"
+        "and find the longest sequence that fits under several mini-sequence settings. What is planned is\n"
+        "the run that `lightning-mst train` with the same overrides would be.",
+        epilog="examples:\n"
+        "  lightning-mst plan model=llama3_8b precision=bf16-true optimizer=adamw_in_backward\n"
+        "  lightning-mst plan --memory 24GiB --length 32768 model=hf model.name=my/local/folder precision=nf4-lora\n"
+        "  lightning-mst plan --json model=llama3_8b precision=bf16-true strategy=mst_model_parallel trainer.devices=8",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help=f"of each device: 80GiB, 24GB, ... (default: that of the GPU here, or else {DEFAULT_MEMORY})",
+    )
+    parser.add_argument(
+        "--length", metavar="TOKENS", help="find the smallest numbers of mini-sequences that reach this length"
+    )
+    parser.add_argument(
+        "--mst",
+        nargs="+",
+        default=list(DEFAULT_RUNGS),
+        metavar="NAME",
+        help=f"settings to plan (default: {' '.join(DEFAULT_RUNGS)}; there are {', '.join(names_of('mst'))})",
+    )
+    parser.add_argument(
+        "--output", type=Path, help=f"folder for the figure and the numbers (default: {DEFAULT_OUTPUT})"
+    )
+    parser.add_argument(
+        "--json",
+        nargs="?",
+        const=STDOUT,
+        metavar="FILE",
+        help="write the numbers to FILE; alone: to stdout, and no table",
+    )
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="run real steps of a few of the model's layers here, at data.sequence_length or --length, and compare "
+        "them with the prediction",
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="Hydra overrides of the run that is planned, as for train"
+    )
+    given = parser.parse_intermixed_args(argv)
+    # `--mst off auto model=llama3_8b`: argparse gives all three to --mst, and the one after --json to that.
+    settings = [name for name in given.mst if not _is_override(name)]
+    overrides = [name for name in given.mst if _is_override(name)] + given.overrides
+    numbers = given.json
+    if numbers is not None and _is_override(numbers):
+        numbers, overrides = STDOUT, [numbers, *overrides]
+    unknown = [name for name in settings if name not in names_of("mst")]
+    if unknown and not any(override.startswith("hydra.searchpath") for override in overrides):
+        parser.error(f"unknown --mst {', '.join(unknown)}; there are {', '.join(names_of('mst'))}")
+    if not settings:
+        parser.error("--mst needs the name of a setting")
+    if len(set(settings)) < len(settings):
+        parser.error("--mst names a setting twice")
+    wrong = [override for override in overrides if not _is_override(override)]
+    if wrong:
+        parser.error(f"not an override (key=value): {', '.join(wrong)}")
+    if any(override.startswith("mst=") for override in overrides):
+        parser.error("the mst group is what is compared: name its settings after --mst")
+    memory = None
+    if given.memory is not None:
+        try:
+            memory = parse_bytes(given.memory)
+        except ValueError as error:
+            parser.error(f"--memory: {error}")
+    return Arguments(settings, memory, _length(parser, given.length), given.output, numbers, given.measure, overrides)
+
+
+def _is_override(text: str) -> bool:
+    return "=" in text or text.startswith("~")
+
+
+def _length(parser: argparse.ArgumentParser, text: str | None) -> int | None:
+    if text is None:
+        return None
+    digits = text.replace(",", "").replace("_", "")
+    length = int(digits) if digits.isdecimal() else 0
+    if length < 2:
+        parser.error(f"--length should be a whole number of tokens, 2 or more, got {text!r}")
+    return length
