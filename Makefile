@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= outputs
 
-.PHONY: train test test-oldest support-table lint format benchmark clean help
+.PHONY: train test test-oldest support-table paper-table lint format benchmark clean help
 
 help:            ## show the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -48,6 +48,9 @@ format: $(VENV)/installed  ## rewrite the sources in the project's format
 
 benchmark: $(VENV)/installed  ## time and bytes of the two ops against the unmodified blocks and public peers
 	$(BIN)/python -m benchmarks.run
+
+paper-table: $(VENV)/installed  ## predict the paper's memory figures: docs/paper_memory.md
+	$(BIN)/python -m benchmarks.paper
 
 clean:           ## remove everything that the other targets made
 	rm -rf $(VENV) $(VENV)-oldest $(OUT) build dist

@@ -7,12 +7,15 @@ github.com/wdlctc/mini-s ("mini-s" below; commits 0afdced and 43dd0c4) and trans
   ``flash_attention_2``). Grouped keys and values are not expanded (transformers ``LlamaFlashAttention2.forward``).
 * One ``torch.optim.Adam(foreach=False)`` per weight, stepped in a hook of the backward pass: mini-s ``benchmark.py``.
   For accumulated gradients one ``AdamW`` over all of them: mini-s ``benchmark_gradient_accumlation.py``.
-* Documents of C4, padded to the length of the batch, with the mask: both scripts. Flash attention then works on copies
+* Which script measures a form: ``scripts/benchmark.ipynb`` is the only one that does not recompute, ``benchmark.py``
+  recomputes, ``benchmark_minis.py`` has mini-sequences; they differ in whether they hold on to the model's outputs.
+* Documents of C4, padded to the length of the batch, with the mask: all scripts (the notebook draws random tokens; the
+  paper's table 9 fits padding). Flash attention then works on copies
   of the tokens that are no padding (``_upad_input`` and ``pad_input`` of transformers): it keeps next to nothing.
 * Reentrant checkpoints of whole layers: the default of ``gradient_checkpointing_enable()`` in those releases.
 * Norms, rotary embeddings and MLPs keep the same tensors as in today's transformers, but for the rotary tables: those
   were made once per layer (512 bytes per token and layer, 0.2 % of what a layer keeps). Not modelled.
-* A = 1 batch makes ``logits[..., :-1, :].contiguous()`` a view: nothing is copied.
+* In a batch of one sequence ``logits[..., :-1, :].contiguous()`` is a view: nothing is copied.
 """
 
 from __future__ import annotations
@@ -76,12 +79,14 @@ class Loss:
         form: ``"mst"`` has its LM head in mini-sequences; the others have that of transformers.
         keeps_outputs: whether the script holds on to the model's outputs, and so to all logits, during the backward
             pass: ``outputs = model(...)`` in mini-s ``benchmark.py``, but ``model(...).loss`` in
-            ``benchmark_gradient_accumlation.py``.
+            ``scripts/benchmark.ipynb`` and ``benchmark_gradient_accumlation.py``. Default: as in the form's own script.
         padded: whether most of a sequence is padding that attention leaves out.
         zeroes_gradients: ``optimizer.zero_grad()`` comes before the forward pass, not after it as in Lightning.
     """
 
-    def __init__(self, form: Form, *, keeps_outputs: bool | None = None, padded: bool = True, zeroes_gradients: bool = False) -> None:
+    def __init__(
+        self, form: Form, *, keeps_outputs: bool | None = None, padded: bool = True, zeroes_gradients: bool = False
+    ) -> None:
         self._form = form
         self._keeps_outputs = form == "recompute" if keeps_outputs is None else keeps_outputs
         self._padded = padded

@@ -23,7 +23,9 @@ def prepare(weights: str, which: Form | None = None) -> Callable[[nn.Module], nn
         from peft import LoraConfig, inject_adapter_in_model
 
         model = quantize_fake(model, weights)
-        names = sorted({name.rpartition(".")[2] for name, part in model.model.named_modules() if hasattr(part, "in_features")})
+        names = sorted(
+            {name.rpartition(".")[2] for name, part in model.model.named_modules() if hasattr(part, "in_features")}
+        )
         with fake_modules_move():
             model = inject_adapter_in_model(LoraConfig(r=16, lora_alpha=32, target_modules=names), model)
         if which is None:

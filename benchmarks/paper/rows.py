@@ -25,13 +25,17 @@ from lightning_mst.memory.optimizers import make_optimizer
 from lightning_mst.memory.prediction import Prediction
 from lightning_mst.memory.setting import Setting, Training
 from lightning_mst.memory.tensor_bytes import TensorBytes
-from lightning_mst.units import GIB
 from lightning_mst.rewrite.config import MSTConfig
+from lightning_mst.units import GIB
 
 NUMBERS: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "numbers.yaml").read_text())
+LENGTH_BOUND, RATIO_BOUND = 0.15, 0.25
+"""How far a prediction may be from the paper's figure, as a share of that."""
 K = 1024
 A100 = int(79.15 * GIB)
 """What torch calls the total capacity of an A100-80GB, in its message about a device that is out of memory."""
+CAPACITY = A100 - DEVICES["cuda"].overhead
+"""What is left of it for tensors and the allocator's fragments."""
 RUNGS = ("off", "recompute", "paper", "auto")
 
 _UNCHANGED = MSTConfig(mlp_chunks=None, lm_head_chunks=None, checkpoint_layers="none")
@@ -49,7 +53,6 @@ class Row:
         bound: how far the two may be apart, as a share of the paper's, if that is checked.
         ours: what a user of this library gets.
         tensors: the prediction without fragmentation, where ``predicted`` has it.
-        reason: why the two differ.
     """
 
     name: str
@@ -58,7 +61,6 @@ class Row:
     bound: float | None = None
     ours: str = ""
     tensors: float | None = None
-    reason: str = ""
 
     @property
     def deviation(self) -> float:
@@ -91,13 +93,18 @@ def setting(model: str, which: Form, *, num_layers: int | None = None, **loss_op
 
 
 @cache
-def max_length(model: str, which: Form, keeps_outputs: bool | None = None) -> tuple[int, int]:
-    """The longest sequence of the paper's code on one A100: with torch's allocator replayed, and by tensors alone."""
+def replay(model: str, which: Form, keeps_outputs: bool | None = None) -> Replay:
+    """Steps of the paper's code, to be replayed in torch's allocator at any length."""
     options = {} if keeps_outputs is None else {"keeps_outputs": keeps_outputs}
     depth = OmegaConf.load(conf_dir() / "model" / f"{model}.yaml").config.num_hidden_layers
-    replay = Replay(setting(model, which, num_layers=RECORDED_LAYERS, **options), depth, _SHORTER, _LONGER)
-    capacity = A100 - DEVICES["cuda"].overhead
-    return replay.longest(capacity), replay.longest_without_fragments(capacity)
+    return Replay(setting(model, which, num_layers=RECORDED_LAYERS, **options), depth, _SHORTER, _LONGER)
+
+
+@cache
+def max_length(model: str, which: Form, keeps_outputs: bool | None = None) -> tuple[int, int]:
+    """The longest sequence of the paper's code on one A100: with torch's allocator replayed, and by tensors alone."""
+    steps = replay(model, which, keeps_outputs)
+    return steps.longest(CAPACITY), steps.longest_without_fragments(CAPACITY)
 
 
 @cache
@@ -138,28 +145,37 @@ _NAMES = {
 }
 
 
-def length_rows(*, with_ours: bool = True) -> list[Row]:
+def length_rows() -> list[Row]:
     """The longest sequences of Llama3-8B and Llama2-7B."""
     rows = []
     for model, figures in NUMBERS["max_length_k"].items():
         for which, figure in figures.items():
             predicted, tensors = max_length(model, which)
-            ours = _ours(_OURS[which], our_lengths(model)) if with_ours else ""
-            rows.append(Row(f"{_NAMES[model]}, {which}", figure * K, predicted, 0.15, ours, tensors))
+            ours = _ours(_OURS[which], our_lengths(model))
+            rows.append(Row(f"{_NAMES[model]}, {which}", figure * K, predicted, LENGTH_BOUND, ours, tensors))
     return rows
 
 
-def ratio_rows(*, with_ours: bool = True) -> list[Row]:
+def ratio_rows() -> list[Row]:
     """How many times longer mini-sequences make the sequences of other models."""
     rows = []
     for model, figure in NUMBERS["mst_over_standard"].items():
         (mst, mst_tensors), (standard, standard_tensors) = max_length(model, "mst"), max_length(model, "standard")
-        ours = ""
-        if with_ours:
-            lengths = our_lengths(model)
-            ours = " / ".join(f"{lengths[rung] / lengths['off']:.1f}" for rung in _OURS["mst"])
-        rows.append(Row(f"{_NAMES[model]}: {mst:,} / {standard:,}", figure, mst / standard, 0.25, ours,
-                        mst_tensors / standard_tensors))  # fmt: skip
+        lengths = our_lengths(model)
+        ours = " / ".join(f"{lengths[rung] / lengths['off']:.1f}" for rung in _OURS["mst"])
+        name = f"{_NAMES[model]}, {mst:,} / {standard:,}"
+        rows.append(Row(name, figure, mst / standard, RATIO_BOUND, ours, mst_tensors / standard_tensors))
+    return rows
+
+
+def variant_rows() -> list[Row]:
+    """The lengths of the other reading of the scripts: outputs kept where they were dropped, and dropped where kept."""
+    rows = []
+    for model, figures in NUMBERS["max_length_k"].items():
+        for which, keeps in (("standard", True), ("recompute", False)):
+            predicted, tensors = max_length(model, which, keeps)
+            name = f"{_NAMES[model]}, {which}, outputs {'kept' if keeps else 'dropped'}"
+            rows.append(Row(name, figures[which] * K, predicted, tensors=tensors))
     return rows
 
 
@@ -214,7 +230,8 @@ def block_rows() -> list[Row]:
         rows.append(Row(_block_name("LM head", chunks), figure, _bytes_of(chosen.fake, run, head) / GIB))
     for chunks, figure in NUMBERS["mlp_gb_s80000"].items():
         block = mlp if chunks == "standard" else form.ChunkedMLP(mlp, chunks)
-        rows.append(Row(_block_name("MLP", chunks), figure, _bytes_of(chosen.fake, partial(_mlp, mlp=block), *mlp.parameters()) / GIB))
+        size = _bytes_of(chosen.fake, partial(_mlp, mlp=block), *mlp.parameters())
+        rows.append(Row(_block_name("MLP", chunks), figure, size / GIB))
     return rows
 
 
@@ -253,7 +270,7 @@ def breakdown_rows() -> list[Row]:
     """Where the memory of Llama3-8B goes at S = 4,096."""
     rows = []
     for name, figures in NUMBERS["memory_gb_s4096"].items():
-        which: Form = name if name in ("recompute", "mst") else "standard"  # type: ignore[assignment]
+        which: Form = name if name in ("recompute", "mst") else "standard"
         chosen = setting("llama3_8b", which)
         if name == "standard":
             loss = form.Loss(which, zeroes_gradients=True)
@@ -271,3 +288,15 @@ def _part(found: Prediction, part: str) -> int:
     if part == "activations":
         return found.tensors - kinds["weights"] - kinds["optimizer_states"]
     return kinds[part]
+
+
+SECTIONS: dict[str, Callable[[], list[Row]]] = {
+    "lengths": length_rows,
+    "ratios": ratio_rows,
+    "variants": variant_rows,
+    "accumulation": accumulation_rows,
+    "quantized": quantized_rows,
+    "blocks": block_rows,
+    "breakdown": breakdown_rows,
+}
+"""By the name of its table."""

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -30,7 +29,8 @@ class Segment(NamedTuple):
     """A stretch of the program.
 
     Attributes:
-        part: ``"weights"``, or the step and the pass: ``"forward 0"``, ``"backward 0"``, ...
+        part: ``"weights"``, ``"weights behind"`` the layers, or the pass and the step: ``"forward 0"``,
+            ``"backward 0"``, ...
         layer: the index of the layer, or ``None`` before the first layer of a pass.
     """
 
@@ -114,7 +114,7 @@ class Recorder(TorchDispatchMode):
         """Layers follow one another, whatever a pass still frees of the one before."""
         part, layer = self._segment
         now = self._layers.get(self._places.now.layer)
-        if now is not None and part != "weights":
+        if now is not None and not part.startswith("weights"):
             follows = layer is None or (now > layer if part.startswith("forward") else now < layer)
             if follows:
                 self._segment = Segment(part, now)
@@ -128,6 +128,9 @@ def record(setting: Setting, sequence_length: int, steps: int = 2) -> list[Event
         setting: a model of ``RECORDED_LAYERS`` layers and its training.
         sequence_length: S of a batch of one sequence.
         steps: how many.
+
+    Raises:
+        ValueError: the training has no optimizer.
     """
     model, step = setting.model, setting.step(sequence_length)
     layers = [name for name, _ in find_layers(model)]
@@ -142,9 +145,12 @@ def record(setting: Setting, sequence_length: int, steps: int = 2) -> list[Event
         stack.enter_context(recorder)
         for name, parameter in model.named_parameters():
             layer = next((i for i, prefix in enumerate(layers) if name.startswith(f"{prefix}.")), None)
-            recorder.begin("weights", layer)
+            part = "weights behind" if layer is None and recorder.events[1:] else "weights"
+            recorder.begin(part, layer)
             recorder.add(parameter.detach())
         optimizer = step.make_optimizer(model)
+        if optimizer is None:
+            raise ValueError("Steps without an optimizer don't show where its states come to lie.")
         if isinstance(optimizer, OptimizerInBackward):
             stack.callback(optimizer.remove)
         for index in range(steps):

@@ -15,11 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from typing_extensions import Self
 
 from lightning_mst.ops.context import AutocastState
 
 NAME = "lightning_mst_flash"
 """Under which transformers' models find it."""
+
+_SDPA = F.scaled_dot_product_attention
 
 
 class FlashAttention(TorchFunctionMode):
@@ -44,10 +47,24 @@ class FlashAttention(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Takes the place of one function."""
-        if func is F.scaled_dot_product_attention:
+        if func is _SDPA:
             query, key, value = self._inputs(*args, **(kwargs or {}))
             return self(query, key, value)
         return func(*args, **(kwargs or {}))
+
+    def __enter__(self) -> Self:
+        """Begins; what is recomputed in the backward pass runs without modes for functions, so it is patched, too."""
+
+        def attention(*args: Any, **kwargs: Any) -> Tensor:
+            return self(*self._inputs(*args, **kwargs))
+
+        F.scaled_dot_product_attention = attention
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        """Ends."""
+        super().__exit__(*exception)
+        F.scaled_dot_product_attention = _SDPA
 
     @staticmethod
     def _inputs(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:

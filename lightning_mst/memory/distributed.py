@@ -1,10 +1,11 @@
-"""One of N devices, rehearsed in one process: torch's own DDP and FSDP2 on fake tensors, in a group that only pretends."""
+"""One of N devices, rehearsed in one process: torch's own DDP and FSDP2 on fake tensors, in a pretended group."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -67,7 +68,7 @@ def fake_group(num_devices: int) -> Iterator[None]:
     # Not public, but what torch's own memory estimates of FSDP use.
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_devices)  # type: ignore[no-untyped-call]
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_devices)
     try:
         yield
     finally:
@@ -106,11 +107,8 @@ def data_parallel(
         def forward(self, batch: Any) -> Tensor:
             return compute_loss(self.model, batch)
 
-    before, all_reduce.allreduce_hook = all_reduce.allreduce_hook, _already_reduced
-    try:
+    with patch.object(all_reduce, "allreduce_hook", _already_reduced):
         yield DistributedDataParallel(Wrapped(), init_sync=False, gradient_as_bucket_view=gradient_as_bucket_view)
-    finally:
-        all_reduce.allreduce_hook = before
 
 
 def attach(optimizer: Optimizer | None, model: DistributedDataParallel) -> None:

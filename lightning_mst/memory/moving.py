@@ -38,5 +38,5 @@ def _apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 if tensor is not None:
-                    tensors[name] = moved(tensor)  # type: ignore[assignment]
+                    tensors[name] = moved(tensor)
     return self

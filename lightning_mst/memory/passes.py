@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,8 +23,8 @@ from lightning_mst.memory.rehearsal import Step, autocast_of, fake_batch
 from lightning_mst.memory.tensor_bytes import Peak
 from lightning_mst.rewrite.dataflow import ATTENTION
 from lightning_mst.rewrite.discovery import find_layers
-from lightning_mst.rewrite.stand_in import true_shape
-from lightning_mst.rewrite.structure import embedding_widths, linear_layers, linear_shape
+from lightning_mst.rewrite.shapes import linear_shape, true_shape
+from lightning_mst.rewrite.structure import embedding_widths, linear_layers
 
 if TYPE_CHECKING:
     from lightning_mst.memory.setting import Setting
@@ -38,7 +39,11 @@ _MATMULS = {
 def mlp_passes(setting: Setting) -> float:
     """``passes_of`` a setting's model, at a length at which every rule splits its MLPs."""
     width = max(embedding_widths(setting.model), default=0)
-    return passes_of(setting.model, setting.step(4 * max(width, 1024)), setting.fake)
+    # A few more, so that no number of tokens is that of a matrix's rows.
+    step = setting.step(4 * max(width, 1024) + 7)
+    labels = step.batch["labels"].clone()
+    labels[:, :-8] = -100  # what the head would do takes time and is not asked for
+    return passes_of(setting.model, replace(step, batch={**step.batch, "labels": labels}), setting.fake)
 
 
 def passes_of(model: nn.Module, step: Step, fake: FakeTensorMode) -> float:
@@ -49,7 +54,7 @@ def passes_of(model: nn.Module, step: Step, fake: FakeTensorMode) -> float:
 
     Args:
         model: with fake weights, in train mode, rewritten or not.
-        step: its batch and loss; optimizer and strategy have no part. All mini-sequences are walked, so let it be short.
+        step: its batch and loss; optimizer and strategy have no part. Let it be short: all chunks are walked.
         fake: the mode of the weights.
 
     Returns:
@@ -122,7 +127,7 @@ def _mlp_shapes(model: nn.Module) -> set[tuple[int, int]]:
         for wide, narrow in own:  # down: I -> D
             if {(narrow, wide), (narrow, 2 * wide)} & own:
                 shapes |= {(wide, narrow), *({(narrow, wide), (narrow, 2 * wide)} & own)}
-        shapes |= {true_shape(p)[1:] for p in layer.parameters() if p.dim() == 3}  # type: ignore[misc]
+        shapes |= {true_shape(p)[1:] for p in layer.parameters() if p.dim() == 3}
     return shapes
 
 

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lightning_mst.configurations import conf_dir, names_of
 from lightning_mst.memory.longest import LONGEST, SHORTEST, least_number, longest
 from lightning_mst.memory.optimizers import make_optimizer
-from lightning_mst.memory.passes import mlp_passes
+from lightning_mst.memory.passes import passes_of
 from lightning_mst.memory.prediction import Prediction
 from lightning_mst.memory.setting import Setting, Training
 from lightning_mst.memory.sources import builder_of
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 RUNGS = ("off", "recompute", "paper", "auto")
 """The settings of ``conf/mst`` that a plan compares: a ladder of ever longer sequences."""
+
+_COUNTED = 2 * 61
+"""Tokens of the step whose matmuls are counted; halves of it have no size that a weight would have."""
 
 
 @dataclass(frozen=True)
@@ -276,7 +279,14 @@ def _rung(setting: Setting, name: str, config: MSTConfig, budget: int, batch_siz
     if len(predictions) == 2:  # the curve is not straight between them: mini-sequences begin at some length
         total(math.isqrt(min(predictions) * max(predictions)))
     curve = tuple((length, predictions[length].total) for length in sorted(predictions))
-    return Rung(name, config, found, predictions.get(found), mlp_passes(setting), curve)
+    return Rung(name, config, found, predictions.get(found), _mlp_passes(setting, config), curve)
+
+
+def _mlp_passes(setting: Setting, config: MSTConfig) -> float:
+    """Two short mini-sequences cost what many long ones do in passes, and are counted in a second."""
+    short = replace(config, mlp_chunks=config.mlp_chunks and 2, lm_head_chunks=None, lm_head_module=None)
+    setting.rewrite(short)
+    return passes_of(setting.model, setting.step(_COUNTED), setting.fake)
 
 
 def smallest_chunks(

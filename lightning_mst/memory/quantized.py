@@ -1,4 +1,4 @@
-"""Frozen weights in 8 or 4 bits on fake tensors: bitsandbytes' own kernels say the shapes, without its tensor classes."""
+"""Frozen weights in 8 or 4 bits on fake tensors: shapes by bitsandbytes' own kernels, without its classes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _nf4_weight(weight: Tensor, *, requires_grad: bool, quant_type: str, module:
     return _with_attributes(packed, quant_state=state, quant_type=quant_type, compress_statistics=True)
 
 
-def _int8_weight(weight: Tensor, *, requires_grad: bool, CB: Tensor, SCB: Tensor) -> nn.Parameter:  # noqa: N803
+def _int8_weight(weight: Tensor, *, requires_grad: bool, CB: Tensor, SCB: Tensor) -> nn.Parameter:
     return _with_attributes(weight, CB=CB, SCB=SCB)
 
 

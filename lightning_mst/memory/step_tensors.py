@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_mst.memory.places import Places
 from lightning_mst.memory.prediction import vocab_size_of
+from lightning_mst.memory.quantized import with_scales
 from lightning_mst.memory.tensor_bytes import TensorBytes
 
 
@@ -34,7 +35,7 @@ def tensors_of_step(
         What is alive where; it stays as it is after the body.
     """
     held = TensorBytes(places=places, vocab_size=vocab_size_of(model), record=record)
-    held.count(model.parameters(), "weights")
+    held.count(with_scales(model.parameters()), "weights")
     held.count(model.buffers(), "buffers")
     held.count(_tensors_in(batch), "buffers")
     held.count((p.grad for p in model.parameters() if p.grad is not None), "gradients")

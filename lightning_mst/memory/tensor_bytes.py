@@ -162,13 +162,13 @@ class TensorBytes(TorchDispatchMode):
             self._resize(storage, "weights")
             return result
 
-        torch.UntypedStorage.resize_ = resize_and_note  # type: ignore[method-assign, assignment]
+        torch.UntypedStorage.resize_ = resize_and_note
         return super().__enter__()
 
     def __exit__(self, *exception: Any) -> None:
         """Ends."""
         super().__exit__(*exception)
-        torch.UntypedStorage.resize_ = self._resize_storage  # type: ignore[method-assign, assignment]
+        torch.UntypedStorage.resize_ = self._resize_storage
 
     def _kind_of(self, tensor: Tensor) -> Kind:
         if self._kind is not None:

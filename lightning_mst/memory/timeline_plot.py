@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -59,7 +60,8 @@ def plot_timelines(timelines: Sequence[Timeline], title: str, note: str, path: P
     patches += [Patch(color=COLORS[group], label=_LABELS.get(group, group)) for group in GROUPS if group in shown]
     legend = figure.legend(
         handles=patches, loc="outside lower left", ncols=9 if len(timelines) > 1 else 5, frameon=False, fontsize=8.5,
-        labelcolor=INK, handlelength=1.1, columnspacing=1.4, title=note, title_fontsize=8.5, alignment="left",
+        labelcolor=INK, handlelength=1.1, columnspacing=1.4,
+        title=fill(note, 95 * len(timelines)), title_fontsize=8.5, alignment="left",
     )  # fmt: skip
     legend.get_title().set_color(FAINT)
     figure.suptitle(title, x=0.01, ha="left", fontsize=12.5, fontweight="bold", color=INK)

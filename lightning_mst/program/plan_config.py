@@ -111,7 +111,13 @@ def compose_runs(settings: Sequence[str], overrides: Sequence[str]) -> dict[str,
 def mst_config(config: DictConfig) -> MSTConfig:
     """The mini-sequence setting of a configuration."""
     with configuration_of("mst"):
-        return MSTConfig(**OmegaConf.to_container(config.mst, resolve=True))  # type: ignore[arg-type]
+        planned = MSTConfig(**OmegaConf.to_container(config.mst, resolve=True))  # type: ignore[arg-type]
+    if planned.checkpoint_layers == "auto":
+        raise ConfigurationError(
+            "mst: checkpoint_layers='auto' (as in mst=fit) recomputes what a given length requires, up to all layers:"
+            " its longest sequence is that of --mst auto. Plan that"
+        )
+    return planned
 
 
 def read_run(config: DictConfig, *, layers: int | None = None) -> Run:

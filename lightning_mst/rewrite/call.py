@@ -15,7 +15,8 @@ from lightning_mst.ops.token_wise import token_wise
 from lightning_mst.rewrite.fsdp1 import weights_of
 from lightning_mst.rewrite.pace import Pace
 from lightning_mst.rewrite.routers import announce, overheard
-from lightning_mst.rewrite.stand_in import true_shape, units_inside
+from lightning_mst.rewrite.shapes import true_shape
+from lightning_mst.rewrite.stand_in import units_inside
 
 
 class Call:

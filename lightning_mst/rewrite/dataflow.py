@@ -18,7 +18,8 @@ from lightning_mst.rewrite.fsdp1 import is_fsdp1_unit
 from lightning_mst.rewrite.joining import has_joined, rewrite_joining, rewrite_pair
 from lightning_mst.rewrite.mlp import rewrite_mlp
 from lightning_mst.rewrite.shadow import original_method
-from lightning_mst.rewrite.stand_in import stand_in, true_shape
+from lightning_mst.rewrite.shapes import true_shape
+from lightning_mst.rewrite.stand_in import stand_in
 
 ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 """Modules that mix tokens by name; what is not called so is tried."""

@@ -16,12 +16,12 @@ from lightning_mst.rewrite.dataflow import ATTENTION, find_pair, follower_of
 from lightning_mst.rewrite.joining import rewrite_pair
 from lightning_mst.rewrite.mlp import FEED_FORWARD_METHODS, rewrite_method, rewrite_mlp
 from lightning_mst.rewrite.probe import Verdict, probe
-from lightning_mst.rewrite.stand_in import true_shape, units_inside
+from lightning_mst.rewrite.shapes import linear_shape, true_shape
+from lightning_mst.rewrite.stand_in import units_inside
 from lightning_mst.rewrite.structure import (
     embedding_widths,
     expert_counts,
     linear_layers,
-    linear_shape,
     mirrored_widths,
     norm_widths,
 )

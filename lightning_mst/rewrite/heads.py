@@ -10,7 +10,8 @@ from torch import nn
 from lightning_mst.rewrite.discovery import Candidate, match_modules
 from lightning_mst.rewrite.lm_head import rewrite_lm_head
 from lightning_mst.rewrite.probe import probe
-from lightning_mst.rewrite.structure import embedding_widths, linear_layers, linear_shape, norm_widths
+from lightning_mst.rewrite.shapes import linear_shape
+from lightning_mst.rewrite.structure import embedding_widths, linear_layers, norm_widths
 
 
 def find_lm_heads(model: nn.Module, layers: Sequence[tuple[str, nn.Module]]) -> list[Candidate]:

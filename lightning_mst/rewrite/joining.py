@@ -14,7 +14,7 @@ from lightning_mst.rewrite.call import Call
 from lightning_mst.rewrite.fsdp1 import weights_of
 from lightning_mst.rewrite.pace import Pace
 from lightning_mst.rewrite.shadow import form_of, original_forward, shadow_method
-from lightning_mst.rewrite.structure import linear_shape
+from lightning_mst.rewrite.shapes import linear_shape
 
 
 @dataclass

@@ -79,7 +79,7 @@ def _try_width(module: nn.Module, width: int, method: str, keeps_width: bool) ->
     verdict = Verdict(None, width)
     if not is_out_of_reach(module):
         verdict = _try(module, width, method, keeps_width)
-    if verdict.reason is None and all(p.is_floating_point() for p in module.parameters()):
+    if verdict.reason is None and (is_out_of_reach(module) or all(p.is_floating_point() for p in module.parameters())):
         # Fresh weights may be zeros, or so small that what one token does to another drowns in rounding. Random ones
         # of the usual size are not.
         second = _try(stand_in(module), width, method, keeps_width)

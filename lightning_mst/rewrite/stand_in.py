@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lightning_mst.rewrite.fsdp1 import is_fsdp1_unit
+from lightning_mst.rewrite.shapes import linear_shape, true_shape
 from lightning_mst.rewrite.tensor_parallel import is_distributed
 
 
@@ -23,11 +24,6 @@ def is_out_of_reach(module: nn.Module) -> bool:
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a rank holds a part of a tensor only."""
     return torch.distributed.is_available() and (is_distributed(tensor) or tensor.numel() == 0)
-
-
-def true_shape(parameter: Tensor) -> torch.Size:
-    """A parameter's shape as a whole: DeepSpeed's ZeRO-3 leaves an empty tensor where its own are in pieces."""
-    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def stand_in(module: nn.Module, device: str = "cpu") -> nn.Module:
@@ -57,6 +53,8 @@ def stand_in(module: nn.Module, device: str = "cpu") -> nn.Module:
             # Hooks, and what FSDP2 keeps for its own, hold process groups and the like.
             if name.endswith("_hooks") or name.startswith("__composable_api"):
                 memo[id(value)] = type(value)()
+        if device == "cpu" and _is_quantized(part):
+            memo[id(part)] = _plain_linear(part, generator)
     with _in_own_class(module):
         twin = copy.deepcopy(module, memo)
     for part in twin.modules():
@@ -64,6 +62,22 @@ def stand_in(module: nn.Module, device: str = "cpu") -> nn.Module:
         if config is not None and hasattr(config, "_experts_implementation"):
             # Grouped kernels don't take weights whose rows are shared.
             config._experts_implementation = "eager"
+    return twin
+
+
+def _is_quantized(part: nn.Module) -> bool:
+    weight = part._parameters.get("weight")
+    return linear_shape(part) is not None and weight is not None and not weight.is_floating_point()
+
+
+def _plain_linear(layer: nn.Module, generator: torch.Generator) -> nn.Module:
+    """What a quantized layer is to a probe: a linear one of its size."""
+    shape = linear_shape(layer)
+    assert shape is not None
+    width, out = shape
+    twin = nn.Linear(width, out, bias=False, device="meta")
+    row = torch.randn(width, generator=generator) * width**-0.5
+    twin.weight = nn.Parameter(row.expand(out, width), requires_grad=False)
     return twin
 
 

@@ -7,20 +7,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from lightning_mst.rewrite.stand_in import true_shape
-
-
-def linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """(in, out) of a linear layer of any make, or ``None``.
-
-    Quantized linear layers and adapters around a linear layer (LoRA) call their sizes as ``nn.Linear`` does; GPT-2's
-    ``Conv1D``, which stores its weight transposed, calls them ``nx`` and ``nf``.
-    """
-    for names in (("in_features", "out_features"), ("nx", "nf")):
-        sizes = tuple(getattr(module, name, None) for name in names)
-        if all(isinstance(size, int) for size in sizes):
-            return sizes  # type: ignore[return-value]
-    return None
+from lightning_mst.rewrite.shapes import linear_shape, true_shape
 
 
 def linear_layers(module: nn.Module) -> Iterator[nn.Module]:

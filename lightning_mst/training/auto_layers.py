@@ -60,8 +60,7 @@ def settle_layers(
     budget = _memory_of(trainer.strategy.root_device, config)
     longest = _lengthened(batch, config)
     try:
-        accumulates = trainer.accumulate_grad_batches > 1
-        program = RehearsedProgram(trainer, pl_module, longest, batch_idx, accumulates=accumulates)
+        program = RehearsedProgram(trainer, pl_module, longest, batch_idx)
     except CannotRehearse as reason:
         rank_zero_warn(f"checkpoint_layers='auto': all layers are checkpointed, because {reason}.")
         return

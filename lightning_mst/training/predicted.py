@@ -25,7 +25,7 @@ from lightning_mst.memory.prediction import Prediction, predict, vocab_size_of
 from lightning_mst.memory.rehearsal import Step, fake_copy, new_fake_mode, rehearse
 from lightning_mst.memory.tensor_bytes import TensorBytes
 from lightning_mst.rewrite.config import MSTConfig
-from lightning_mst.rewrite.handle import apply_mst
+from lightning_mst.rewrite.handle import MSTHandle, apply_mst
 from lightning_mst.training.one_step import loss_of_training_step
 from lightning_mst.training.random_states import random_states, set_random_states
 from lightning_mst.training.side_effects import without_side_effects
@@ -48,22 +48,13 @@ class RehearsedProgram:
         pl_module: the LightningModule, on one device.
         batch: the batch.
         batch_idx: its number.
-        accumulates: whether the gradients of several batches are added up. Default: whether the Trainer does.
 
     Raises:
         CannotRehearse: sharded, quantized or compiled models, manual optimization, or a module that can't be copied.
             Its methods raise it, too, if the program does what fake tensors can't.
     """
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: Any,
-        batch_idx: int,
-        *,
-        accumulates: bool | None = None,
-    ) -> None:
+    def __init__(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         reason = _why_not(trainer, pl_module)
         if reason is not None:
             raise CannotRehearse(reason)
@@ -88,12 +79,13 @@ class RehearsedProgram:
             with trainer.precision_plugin.train_step_context():
                 return loss_of_training_step(module, batch, batch_idx, wanted_by="A rehearsal")
 
+        self._handle: MSTHandle | None = None
         self._step = Step(
             move_data_to_device(batch, torch.device("cpu")),
             compute_loss,
             _optimizer_of,
             autocast=autocast,
-            accumulates=trainer.accumulate_grad_batches > 1 if accumulates is None else accumulates,
+            accumulates=trainer.accumulate_grad_batches > 1,
             on_gpu=self._kind.is_gpu,
         )
 
@@ -107,8 +99,14 @@ class RehearsedProgram:
 
     def predict_as(self, config: MSTConfig) -> Prediction:
         """The same as ``predict``, of the model in another form; the copy keeps it."""
-        apply_mst(self._module, config)
+        self._rewrite(config)
         return self.predict()
+
+    def _rewrite(self, config: MSTConfig) -> None:
+        if self._handle is None:
+            self._handle = apply_mst(self._module, config)
+        else:
+            self._handle.update(config)
 
     def _predict(self, step: Step) -> Prediction:
         with _aside(self._module, self._device):
@@ -116,7 +114,7 @@ class RehearsedProgram:
 
     def record_standard(self) -> TensorBytes:
         """The course of a step without mini-sequences or checkpointing, all layers of it."""
-        apply_mst(self._module, STANDARD)
+        self._rewrite(STANDARD)
         with _aside(self._module, self._device):
             return rehearse(self._module, self._step, self._fake, vocab_size=vocab_size_of(self._module), record=True)
 

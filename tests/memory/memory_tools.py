@@ -7,18 +7,19 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
-from lightning_mst import MSTConfig, apply_mst
+from lightning_mst import MSTConfig, OptimizerInBackward, apply_mst
 from lightning_mst.memory.places import Places, blocks_of
 from lightning_mst.memory.quantized import with_scales
 from lightning_mst.memory.rehearsal import Step, fake_copy, new_fake_mode, rehearse
 from lightning_mst.memory.tensor_bytes import TensorBytes
 
-VOCAB = 512
+VOCAB = 500
 SIZES = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
@@ -45,7 +46,8 @@ def causal_lm(family: str = "Llama", dtype: torch.dtype = torch.float32, **overr
     """A small model with random weights, with the attention that is linear in memory."""
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**{**SIZES, **overrides})
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
+    attention = overrides.get("attn_implementation", "sdpa")
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
     return model.train()
 
 
@@ -60,6 +62,10 @@ def causal_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True)
+
+
+def adamw_in_backward(model: nn.Module) -> torch.optim.Optimizer:
+    return OptimizerInBackward(model.parameters(), torch.optim.AdamW, lr=1e-3, fused=True)
 
 
 class Module(pl.LightningModule):
@@ -81,6 +87,40 @@ class Module(pl.LightningModule):
         for optimizer in self.trainer.optimizers:
             if hasattr(optimizer, "connect"):
                 optimizer.connect(self.trainer)
+
+
+class PlainModel(nn.Module):
+    """A language model without transformers: its layers normalise, attend and feed forward."""
+
+    def __init__(self, width: int = 64, layers: int = 4) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB, width)
+        self.blocks = nn.ModuleList(PlainBlock(width) for _ in range(layers))
+        self.head = nn.Linear(width, VOCAB)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+class PlainBlock(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (4, -1)).transpose(1, 2) for t in self.qkv(self.norm(x)).chunk(3, dim=-1))
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        return x + self.mlp(x)
+
+
+def plain_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch["input_ids"]).view(-1, VOCAB), batch["labels"].view(-1))
 
 
 class Watch(pl.Callback):
@@ -116,6 +156,7 @@ class Watch(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, out: Any, batch: Any, i: int) -> None:
         if i == self.batch:
+            self.total = self.held.peak
             self.peaks = dict(self.held.peaks)
             self.events = list(self.held.events)
             self.held.__exit__(None, None, None)
@@ -150,12 +191,20 @@ def real_step(
 
 
 def rehearsed_step(
-    model: nn.Module, batch: Any, loss: Callable[..., Tensor], make_optimizer: Callable[[nn.Module], Any],
-    config: MSTConfig, *, record: bool = False, **step: Any,
-) -> TensorBytes:  # fmt: skip
+    model: nn.Module,
+    batch: Any,
+    loss: Callable[..., Tensor],
+    make_optimizer: Callable[[nn.Module], Any],
+    config: MSTConfig,
+    *,
+    record: bool = False,
+    **step: Any,
+) -> TensorBytes:
     """The same step on fake tensors."""
     fake = new_fake_mode()
     twin = fake_copy(model, fake)
     if not config.asks_for_nothing:
         apply_mst(twin, config)
-    return rehearse(twin, Step(batch, loss, make_optimizer, on_gpu=False, **step), fake, vocab_size=VOCAB, record=record)
+    return rehearse(
+        twin, Step(batch, loss, make_optimizer, on_gpu=False, **step), fake, vocab_size=VOCAB, record=record
+    )

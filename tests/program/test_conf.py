@@ -86,6 +86,9 @@ def test_off_is_the_name_of_an_option_and_no_boolean(compose_config):
         "checkpoint_layers": "none",
         "mlp_modules": None,
         "lm_head_module": None,
+        "device_memory": None,
+        "sequence_length": None,
+        "batch_size": 1,
     }
 
 
