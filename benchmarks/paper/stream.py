@@ -139,8 +139,7 @@ def record(setting: Setting, sequence_length: int, steps: int = 2) -> list[Event
     with ExitStack() as stack:
         stack.enter_context(setting.fake)
         values = stack.enter_context(KnownValues(setting.fake))
-        attention = stack.enter_context(FlashAttention(kernel_workspace=step.on_gpu))
-        stack.enter_context(attention.in_transformers(model))
+        stack.enter_context(FlashAttention(kernel_workspace=step.on_gpu).used_by(model))
         stack.enter_context(places.followed())
         stack.enter_context(recorder)
         for name, parameter in model.named_parameters():

@@ -7,28 +7,22 @@ and with grouped queries a key and value gradient for every query head before th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from typing_extensions import Self
 
 from lightning_mst.ops.context import AutocastState
 
 NAME = "lightning_mst_flash"
 """Under which transformers' models find it."""
 
-_SDPA = F.scaled_dot_product_attention
 
-
-class FlashAttention(TorchFunctionMode):
-    """Lets ``F.scaled_dot_product_attention`` take the memory of the flash kernel, in the body of a ``with``.
-
-    Only shapes and dtypes of the results mean anything.
+class FlashAttention:
+    """Attention that takes the memory of the flash kernel. Only shapes and dtypes of its results mean anything.
 
     Args:
         kernel_workspace: count what the kernel of a GPU allocates for itself in the backward pass. Without it, it is a
@@ -36,39 +30,7 @@ class FlashAttention(TorchFunctionMode):
     """
 
     def __init__(self, *, kernel_workspace: bool) -> None:
-        super().__init__()
         self._kernel_workspace = kernel_workspace
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Takes the place of one function."""
-        if func is _SDPA:
-            query, key, value = self._inputs(*args, **(kwargs or {}))
-            return self(query, key, value)
-        return func(*args, **(kwargs or {}))
-
-    def __enter__(self) -> Self:
-        """Begins; what is recomputed in the backward pass runs without modes for functions, so it is patched, too."""
-
-        def attention(*args: Any, **kwargs: Any) -> Tensor:
-            return self(*self._inputs(*args, **kwargs))
-
-        F.scaled_dot_product_attention = attention
-        return super().__enter__()
-
-    def __exit__(self, *exception: Any) -> None:
-        """Ends."""
-        super().__exit__(*exception)
-        F.scaled_dot_product_attention = _SDPA
-
-    @staticmethod
-    def _inputs(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return query, key, value
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of (B, H, S, D), (B, H_kv, S_kv, D) and (B, H_kv, S_kv, D_v): (B, H, S, D_v)."""
@@ -78,8 +40,22 @@ class FlashAttention(TorchFunctionMode):
             return _Flash.apply(self._kernel_workspace, query, key, value)
 
     @contextmanager
-    def in_transformers(self, model: nn.Module) -> Iterator[None]:
-        """Lets a transformers model use it while the body runs, whatever attention it is set to."""
+    def used_by(self, model: nn.Module) -> Iterator[None]:
+        """Lets a model use it while the body runs: a transformers model whatever attention it is set to."""
+
+        def attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+            return self(query, key, value)
+
+        # Not by a mode for functions: none is active in what is recomputed in the backward pass.
+        before, F.scaled_dot_product_attention = F.scaled_dot_product_attention, attention
+        try:
+            with self._in_transformers(model):
+                yield
+        finally:
+            F.scaled_dot_product_attention = before
+
+    @contextmanager
+    def _in_transformers(self, model: nn.Module) -> Iterator[None]:
         configs = configs_of(model)
         if not configs:
             yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -117,7 +118,7 @@ def does_not_fit(prediction: Prediction, budget: int) -> str:
 
 def _with_first(config: MSTConfig, count: int, num_layers: int) -> MSTConfig:
     """A config that says all there is to say."""
-    layers = ("all" if count else "none") if count in (0, num_layers) else list(range(count))
+    layers: Any = ("all" if count else "none") if count in (0, num_layers) else list(range(count))
     return replace(config, checkpoint_layers=layers, device_memory=None, sequence_length=None, batch_size=1)
 
 

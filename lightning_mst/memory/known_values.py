@@ -53,8 +53,8 @@ class KnownValues(TorchDispatchMode):
     ) -> Any:
         """Runs an operator on the fake tensors, and on the values as well if all of them are known."""
         kwargs = kwargs or {}
-        if func.namespace == "prim":  # a fake tensor's device, which is asked for more often than all else together
-            return func(*args, **kwargs)
+        if args and isinstance(args[0], Tensor) and args[0] not in self._values and func is not _READ:
+            return func(*args, **kwargs)  # as for most
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         if not tensors or not all(t in self._values for t in tensors):
             if func is _READ and tensors[0].is_floating_point():

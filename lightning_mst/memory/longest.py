@@ -10,11 +10,11 @@ LONGEST = 2**24
 _FIRST, SHORTEST = 1024, 32
 # A length is good when it leaves this share of what sequences have unused, or when one that is so much longer is too
 # long.
-_UNUSED, _SHARE, _TOKENS = 1 / 512, 1 / 256, SHORTEST
+_UNUSED, _SHARE, _TOKENS = 1 / 200, 1 / 200, SHORTEST
 
 
 def longest(total: Callable[[int], int], budget: int, *, limit: int = LONGEST, expected: int = 0) -> int:
-    """Finds the longest sequence whose step fits, to within 0.4 % or 32 tokens.
+    """Finds the longest sequence whose step fits, to within 0.5 % or 32 tokens.
 
     Memory grows with the length, nearly linearly, so a straight line through two lengths is a good guess of the third.
 

@@ -77,8 +77,7 @@ def _count(model: nn.Module, step: Step, fake: FakeTensorMode, shapes: set[tuple
         stack.enter_context(fake)
         values = stack.enter_context(KnownValues(fake))
         stack.enter_context(GroupedMatmul())
-        attention = stack.enter_context(FlashAttention(kernel_workspace=False))
-        stack.enter_context(attention.in_transformers(model))
+        stack.enter_context(FlashAttention(kernel_workspace=False).used_by(model))
         batch = fake_batch(step.batch, fake, values)
         counter = stack.enter_context(_Matmuls(shapes))
         with autocast_of(step.autocast):

@@ -115,10 +115,10 @@ def rehearse(
         trained = [p for p in model.parameters() if p.requires_grad]
         stack.enter_context(fake)
         values = stack.enter_context(KnownValues(fake))
-        stack.enter_context(GroupedMatmul())
+        if any(parameter.dim() == 3 for parameter in model.parameters()):  # stacked experts
+            stack.enter_context(GroupedMatmul())
         stack.enter_context(rehearsal())
-        attention = stack.enter_context(FlashAttention(kernel_workspace=step.on_gpu))
-        stack.enter_context(attention.in_transformers(model))
+        stack.enter_context(FlashAttention(kernel_workspace=step.on_gpu).used_by(model))
         # Before its bytes are followed: the values stay outside of the step.
         batch = fake_batch(step.batch, fake, values)
         stack.enter_context(places.followed())

@@ -11,12 +11,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 from typing_extensions import Self
 
 from lightning_mst.memory.places import Place, Places
 
+_DEVICE = torch.ops.prim.device.default
 Unit = tuple[str, str] | None
 Kind = Literal["weights", "gradients", "optimizer_states", "buffers", "logits", "activations", "host"]
 
@@ -137,14 +139,16 @@ class TensorBytes(TorchDispatchMode):
     ) -> Any:
         """Runs the operator and takes note of the storages that it made."""
         kwargs = kwargs or {}
-        if func.namespace == "prim":  # a fake tensor's device, which is asked for more often than all else together
-            return func(*args, **kwargs)
-        if any(is_traceable_wrapper_subclass(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)):
+        if func is _DEVICE and isinstance(args[0], FakeTensor):  # asked for more often than all else together
+            return args[0].fake_device
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if any(map(is_traceable_wrapper_subclass, tensors)):
             # A sharded tensor's own operators come next, and those are seen.
             return NotImplemented
+        given = {t.untyped_storage()._cdata for t in tensors}
+        del tensors
         result = func(*args, **kwargs)
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        for tensor in tree_leaves(result):
+        for tensor in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(tensor, Tensor) and not tensor.is_meta and not is_traceable_wrapper_subclass(tensor):
                 storage = tensor.untyped_storage()
                 if storage._cdata in given:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from memory_tools import causal_lm, causal_loss, token_batch
+from torch import nn
 
 from lightning_mst.memory.attention import FlashAttention
 from lightning_mst.memory.rehearsal import Step, new_fake_mode, rehearse
@@ -19,7 +20,7 @@ def bytes_of(workspace: bool) -> tuple[int, int]:
     with new_fake_mode():
         q = torch.empty(1, HEADS, LENGTH, WIDTH, dtype=torch.bfloat16, requires_grad=True)
         k, v = (torch.empty(1, KEYS, LENGTH, WIDTH, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
-        with FlashAttention(kernel_workspace=workspace), TensorBytes([q, k, v]) as held:
+        with FlashAttention(kernel_workspace=workspace).used_by(nn.Module()), TensorBytes([q, k, v]) as held:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
             kept = held.live
             out.backward(torch.empty_like(out))
@@ -43,7 +44,7 @@ def test_the_output_lies_in_memory_as_the_queries_do_like_that_of_torchs_kernel(
     shape = (1, LENGTH, HEADS, WIDTH) if transposed else (1, HEADS, LENGTH, WIDTH)
     q = torch.randn(shape)
     q = q.transpose(1, 2) if transposed else q
-    with FlashAttention(kernel_workspace=False):
+    with FlashAttention(kernel_workspace=False).used_by(nn.Module()):
         modelled = F.scaled_dot_product_attention(q, q, q)
     assert modelled.stride() == F.scaled_dot_product_attention(q, q, q).stride()
 

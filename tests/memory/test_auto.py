@@ -18,9 +18,7 @@ from lightning_mst.rewrite.costs import mlp_cost
 # Llama-3-8B's layers, two of them.
 LAYERS = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
 LLAMA = LlamaConfig(**LAYERS, num_hidden_layers=2, vocab_size=128256, tie_word_embeddings=False)
-SMALL = LlamaConfig(
-    hidden_size=64, intermediate_size=256, num_attention_heads=4, num_hidden_layers=8, vocab_size=1000
-)
+SMALL = LlamaConfig(hidden_size=64, intermediate_size=256, num_attention_heads=4, num_hidden_layers=8, vocab_size=1000)
 
 
 def adamw_in_backward(model):
@@ -126,8 +124,7 @@ def test_settling_finds_the_fewest_layers_of_a_model_and_leaves_the_model_alone(
 def test_backward_is_done_with_the_layers_that_keep_their_activations_before_it_comes_to_the_checkpointed_ones():
     setting = Setting(partial(from_config, SMALL), Training("32-true", adamw_in_backward, device="cpu"))
     first, last, spread = (
-        setting.predict(MSTConfig(checkpoint_layers=layers), 4096).total
-        for layers in ([0, 1, 2, 3], [4, 5, 6, 7], 2)
+        setting.predict(MSTConfig(checkpoint_layers=layers), 4096).total for layers in ([0, 1, 2, 3], [4, 5, 6, 7], 2)
     )
     assert first <= min(last, spread)
 
