@@ -25,15 +25,14 @@ from lightning_mst.rewrite.verify import verify
 from lightning_mst.rewrite.zero3 import gather_whole_blocks
 from lightning_mst.training.auto_layers import check_auto_layers, settle_layers
 from lightning_mst.training.checks import check_model, check_trainer
+from lightning_mst.training.memory_monitor import MemoryMonitor
 from lightning_mst.training.one_step import loss_of_training_step
 from lightning_mst.training.out_of_memory import RetryOutOfMemory, explain, is_out_of_memory
 from lightning_mst.training.predicted import HALF_PRECISION
-from lightning_mst.training.predicted_check import PredictionCheck
 from lightning_mst.training.ranks import agree_on_longest, check_same_settings, num_replicas
 from lightning_mst.training.sharding import shard_fsdp1
 from lightning_mst.training.side_effects import without_side_effects
-from lightning_mst.training.step_memory import StepMeter, metrics_of
-from lightning_mst.training.timeline import TimelineRecorder, check_matplotlib
+from lightning_mst.training.timeline import check_matplotlib
 from lightning_mst.training.token_weights import TokenWeights, count_labels
 from lightning_mst.training.wrapping import wrapped
 
@@ -123,9 +122,7 @@ class MSTCallback(Callback):
         self.memory_timeline = memory_timeline
         self.handle: MSTHandle | None = None
         self.memory = MemoryLog()
-        self._meter: StepMeter | None = None
-        self._check: PredictionCheck | None = None
-        self._timeline: TimelineRecorder | None = None
+        self._monitor: MemoryMonitor | None = None
         self._printed = False
         self._first_batch = True
         self._helpers: list[Callback] = []
@@ -174,7 +171,12 @@ class MSTCallback(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Before the helpers, which may repeat what is measured.
-        self._start_measuring(trainer, pl_module)
+        self.memory = MemoryLog()
+        if (self.log_memory or self.memory_timeline) and self.handle is not None:
+            self._monitor = MemoryMonitor(
+                trainer, pl_module, self.handle, log_memory=self.log_memory, memory_timeline=self.memory_timeline
+            )
+            self.memory = self._monitor.log
         for helper in self._helpers:
             helper.on_train_start(trainer, pl_module)
 
@@ -182,8 +184,8 @@ class MSTCallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for helper in reversed(self._helpers):
             helper.on_train_end(trainer, pl_module)
-        if self._timeline is not None:
-            self._timeline.write(pl_module)
+        if self._monitor is not None:
+            self._monitor.draw()
         self._stop_measuring()
 
     @override
@@ -215,24 +217,25 @@ class MSTCallback(Callback):
                 settle_layers(trainer, pl_module, self.handle, self.config, batch, batch_idx)
             if self.verify:
                 self._verify(trainer, pl_module, batch, batch_idx)
-        self._begin_measuring(trainer, batch, batch_idx)
+        if self._monitor is not None:
+            self._monitor.begin(batch, batch_idx)
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        if self._meter is not None:
-            self._meter.before_backward()
+        if self._monitor is not None:
+            self._monitor.meter.before_backward()
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._meter is not None:
-            self._meter.after_backward()
+        if self._monitor is not None:
+            self._monitor.meter.after_backward()
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         for helper in self._helpers:
             helper.on_before_optimizer_step(trainer, pl_module, optimizer)
-        if self._meter is not None:
-            self._meter.before_optimizer_step()
+        if self._monitor is not None:
+            self._monitor.meter.before_optimizer_step()
 
     @override
     def on_train_batch_end(
@@ -240,52 +243,13 @@ class MSTCallback(Callback):
     ) -> None:
         if self.handle is not None:
             self.handle.pace.longest = self.handle.pace.own = 1
-        self._end_measuring(trainer, pl_module, batch, batch_idx)
-
-    def _start_measuring(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.memory = MemoryLog()
-        if self.memory_timeline:
-            assert self.handle is not None
-            self._timeline = TimelineRecorder(trainer, self.handle)
-        if self.log_memory or self.memory_timeline:
-            self._meter = StepMeter(trainer, pl_module, tensors=self.log_memory == "tensors")
-            if self.log_memory == "tensors" or self.memory_timeline:
-                self._meter.check_can_follow_tensors()
-            of_allocator = self._meter.memory.of_allocator
-            if self.log_memory == "tensors" or (self.log_memory and of_allocator):
-                self._check = PredictionCheck(self.memory, of_allocator=of_allocator and self.log_memory is True)
-
-    def _begin_measuring(self, trainer: Trainer, batch: Any, batch_idx: int) -> None:
-        if self._meter is None:
-            return
-        if self._check is not None:
-            self._check.begin(trainer)
-        record = self._timeline is not None and self._timeline.wants(batch_idx)
-        if self._timeline is not None and record:
-            self._timeline.begin()
-        if self.log_memory or record:
-            self._meter.begin(batch, record=record)
-
-    def _end_measuring(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        step = self._meter.end() if self._meter is not None else None
-        if self._meter is None or step is None:
-            return
-        if self.log_memory:
-            self.memory.add(step)
-            for name, value in metrics_of(step, trainer.strategy.root_device).items():
-                self.log(name, value, prog_bar=name == "peak_memory_gib", on_step=True, reduce_fx="max")
-        if self._check is not None:
-            self._check.end(trainer, pl_module, batch, batch_idx, step)
-        if self._timeline is not None and self._timeline.recording:
-            assert self._meter.held is not None
-            self._timeline.end(self._meter.held, pl_module, batch, batch_idx)
+        if self._monitor is not None:
+            self._monitor.end(batch, batch_idx)
 
     def _stop_measuring(self) -> None:
-        if self._timeline is not None:
-            self._timeline.drop_step()
-        if self._meter is not None:
-            self._meter.close()
-        self._meter = self._check = self._timeline = None
+        if self._monitor is not None:
+            self._monitor.stop()
+        self._monitor = None
 
     def _make_helpers(self, trainer: Trainer) -> list[Callback]:
         helpers: list[Callback] = []

@@ -440,7 +440,7 @@ def test_a_repeated_step_is_forward_again_and_leaves_no_hook(tmp_path):
 
     class Scarce(Program):
         def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-            seen.append(callback._meter.places.phase)
+            seen.append(callback._monitor.meter.places.phase)
             return super().training_step(batch, batch_idx)
 
         def backward(self, loss: Tensor) -> None:
@@ -466,7 +466,7 @@ def test_manual_optimization_has_its_phases_too(tmp_path):
 
         def training_step(self, batch: Tensor, batch_idx: int) -> None:
             for _ in range(2):
-                seen.append(callback._meter.places.phase)
+                seen.append(callback._monitor.meter.places.phase)
                 self.manual_backward(self.loss(batch))
                 self.optimizers().step()
                 self.optimizers().zero_grad()

@@ -276,6 +276,8 @@ def _rung(setting: Setting, name: str, config: MSTConfig, budget: int, batch_siz
 
     limit = min(LONGEST, num_positions(setting.model) or LONGEST)
     found = longest(total, budget, limit=limit, expected=expected)
+    if len(predictions) == 2:  # the curve is not straight between them: mini-sequences begin at some length
+        total(math.isqrt(min(predictions) * max(predictions)))
     curve = tuple((length, predictions[length].total) for length in sorted(predictions))
     return Rung(name, config, found, predictions.get(found), _mlp_passes(setting, config), curve)
 
