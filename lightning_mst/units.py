@@ -39,6 +39,6 @@ def parse_bytes(memory: str | int | float) -> int:
     return int(size)
 
 
-def format_gib(size: int) -> str:
-    """Bytes as GiB, without the unit: with two decimals, or three digits of what is less than one."""
-    return f"{size / GIB:.2f}" if size >= GIB or size == 0 else f"{size / GIB:.3g}"
+def in_words(size: int) -> str:
+    """A number of bytes for people, such as ``2.31 GiB`` or ``63.5 MiB``."""
+    return f"{size / GIB:,.2f} GiB" if size >= GIB / 10 or size == 0 else f"{size / 2**20:,.1f} MiB"

@@ -4,17 +4,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_mst.memory.auto_layers import settle
     from lightning_mst.memory.peak import PeakMemory
     from lightning_mst.memory.planner import Plan, plan
     from lightning_mst.memory.tensor_bytes import TensorBytes
 
-__all__ = ["PeakMemory", "Plan", "TensorBytes", "plan"]
+__all__ = ["PeakMemory", "Plan", "TensorBytes", "plan", "settle"]
 
 _HOMES = {
     "PeakMemory": "lightning_mst.memory.peak",
     "Plan": "lightning_mst.memory.planner",
     "TensorBytes": "lightning_mst.memory.tensor_bytes",
     "plan": "lightning_mst.memory.planner",
+    "settle": "lightning_mst.memory.auto_layers",
 }
 
 

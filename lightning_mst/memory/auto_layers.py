@@ -14,7 +14,7 @@ from lightning_mst.memory.prediction import Prediction
 from lightning_mst.memory.setting import PRECISIONS, Setting, Training
 from lightning_mst.rewrite.config import MSTConfig
 from lightning_mst.rewrite.discovery import find_layers
-from lightning_mst.units import format_gib, parse_bytes
+from lightning_mst.units import in_words, parse_bytes
 
 RESERVE = 0.03
 """The share of a device's memory that is left to what is not modelled, fragmentation above all."""
@@ -110,9 +110,9 @@ def fewest_layers(
 def does_not_fit(prediction: Prediction, budget: int) -> str:
     """The message for a step that does not fit with all layers checkpointed."""
     return (
-        f"Even with all layers checkpointed, a step is predicted to take {format_gib(prediction.total)} GiB (peak in "
-        f"{prediction.phase}, {prediction.block}); {format_gib(int(budget * (1 - RESERVE)))} of {format_gib(budget)} "
-        "GiB are for it. Shorten the sequences, or see `lightning-mst plan` for what fits."
+        f"Even with all layers checkpointed, a step is predicted to take {in_words(prediction.total)} (peak in "
+        f"{prediction.phase}, {prediction.block}); {in_words(int(budget * (1 - RESERVE)))} of {in_words(budget)} are "
+        "for it. Shorten the sequences, or see `lightning-mst plan` for what fits."
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from lightning_mst.memory.peak import PeakMemory, Reading
 from lightning_mst.memory.places import Phase, Place, Places
 from lightning_mst.memory.prediction import Prediction
+from lightning_mst.units import in_words
 
 PHASES: tuple[Phase, ...] = ("forward", "backward", "optimizer")
 
@@ -50,11 +51,6 @@ class StepMemory:
     def __str__(self) -> str:
         """For example ``2.31 GiB, backward of model.layers.3, mlp``."""
         return in_words(self.peak) + (f", {self.place}" if self.place else "")
-
-
-def in_words(size: int) -> str:
-    """A number of bytes for people, such as ``2.31 GiB`` or ``63.5 MiB``."""
-    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:,.1f} MiB"
 
 
 @dataclass

@@ -6,8 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,26 +23,13 @@ from lightning_mst.memory.tensor_bytes import Peak
 from lightning_mst.rewrite.dataflow import ATTENTION
 from lightning_mst.rewrite.discovery import find_layers
 from lightning_mst.rewrite.shapes import linear_shape, true_shape
-from lightning_mst.rewrite.structure import embedding_widths, linear_layers
-
-if TYPE_CHECKING:
-    from lightning_mst.memory.setting import Setting
+from lightning_mst.rewrite.structure import linear_layers
 
 _MATMULS = {
     getattr(torch.ops.aten, name)
     for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "_grouped_mm")
     if hasattr(torch.ops.aten, name)
 }
-
-
-def mlp_passes(setting: Setting) -> float:
-    """``passes_of`` a setting's model, at a length at which every rule splits its MLPs."""
-    width = max(embedding_widths(setting.model), default=0)
-    # A few more, so that no number of tokens is that of a matrix's rows.
-    step = setting.step(4 * max(width, 1024) + 7)
-    labels = step.batch["labels"].clone()
-    labels[:, :-8] = -100  # what the head would do takes time and is not asked for
-    return passes_of(setting.model, replace(step, batch={**step.batch, "labels": labels}), setting.fake)
 
 
 def passes_of(model: nn.Module, step: Step, fake: FakeTensorMode) -> float:
@@ -128,6 +114,3 @@ def _mlp_shapes(model: nn.Module) -> set[tuple[int, int]]:
                 shapes |= {(wide, narrow), *({(narrow, wide), (narrow, 2 * wide)} & own)}
         shapes |= {true_shape(p)[1:] for p in layer.parameters() if p.dim() == 3}
     return shapes
-
-
-__all__ = ["mlp_passes", "passes_of"]

@@ -21,7 +21,7 @@ from lightning_mst.memory.setting import Setting, Training
 from lightning_mst.memory.sources import builder_of
 from lightning_mst.models import check_positions, count_parameters, num_positions
 from lightning_mst.rewrite.config import MSTConfig
-from lightning_mst.units import GIB, format_gib, parse_bytes
+from lightning_mst.units import GIB, in_words, parse_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -332,11 +332,11 @@ class TooLarge(ValueError):
 
 def _too_large(name: str, budget: int, least: Prediction) -> TooLarge:
     parts = ", ".join(
-        f"{format_gib(n)} {kind.replace('_', ' ')}" for kind, n in least.kinds.items() if n >= least.total / 100
+        f"{in_words(n)} of {kind.replace('_', ' ')}" for kind, n in least.kinds.items() if n >= least.total / 100
     )
     return TooLarge(
-        f"{name} does not fit {format_gib(budget)} GiB at any length: {SHORTEST} tokens take "
-        f"{format_gib(least.total)} GiB ({parts})."
+        f"{name} does not fit {in_words(budget)} at any length: {SHORTEST} tokens take {in_words(least.total)} "
+        f"({parts})."
     )
 
 

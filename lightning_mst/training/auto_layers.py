@@ -16,7 +16,7 @@ from lightning_mst.memory.auto_layers import does_not_fit, fewest_layers
 from lightning_mst.rewrite.config import MSTConfig
 from lightning_mst.rewrite.handle import MSTHandle
 from lightning_mst.training.predicted import CannotRehearse, RehearsedProgram
-from lightning_mst.units import format_gib, parse_bytes
+from lightning_mst.units import in_words, parse_bytes
 
 __all__ = ["check_auto_layers", "settle_layers"]
 
@@ -72,7 +72,7 @@ def settle_layers(
     count = sum(row.form == "checkpointed" for row in handle.rows)
     rank_zero_info(
         f"checkpoint_layers='auto': {count} of {len(handle.layers)} layers are checkpointed. A step is predicted to "
-        f"take {format_gib(prediction.total)} of {format_gib(budget)} GiB."
+        f"take {in_words(prediction.total)} of {in_words(budget)}."
     )
 
 

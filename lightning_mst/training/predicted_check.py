@@ -8,9 +8,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_mst.in_backward.trainer import optimizers_in_backward
-from lightning_mst.memory.log import MemoryLog, StepMemory, in_words
+from lightning_mst.memory.log import MemoryLog, StepMemory
 from lightning_mst.memory.prediction import Prediction
 from lightning_mst.training.predicted import CannotRehearse, RehearsedProgram
+from lightning_mst.units import in_words
 
 __all__ = ["PredictionCheck", "ends_step"]
 

@@ -9,7 +9,8 @@ import torch
 from transformers import LlamaConfig
 
 from lightning_mst import MSTConfig, OptimizerInBackward, apply_mst
-from lightning_mst.memory.auto_layers import RESERVE, fewest_layers, settle
+from lightning_mst.memory import settle
+from lightning_mst.memory.auto_layers import RESERVE, fewest_layers
 from lightning_mst.memory.prediction import KINDS, Prediction
 from lightning_mst.memory.setting import Setting, Training
 from lightning_mst.models import from_config

@@ -9,9 +9,8 @@ from memory_tools import CONFIGS, causal_lm, causal_loss, token_batch
 from torch import nn
 
 from lightning_mst import MSTConfig
-from lightning_mst.memory.passes import mlp_passes, passes_of
+from lightning_mst.memory.passes import passes_of
 from lightning_mst.memory.rehearsal import Step, new_fake_mode
-from lightning_mst.memory.setting import Setting, Training
 from lightning_mst.rewrite.handle import apply_mst
 
 KEPT = MSTConfig(None, None, "none")
@@ -55,9 +54,3 @@ def test_a_model_without_mlps_has_none():
     assert math.isnan(
         passes_of(model, Step({"x": token_batch(1, 4)["labels"]}, lambda m, b: m.weight.sum(), None), fake)
     )
-
-
-def test_a_setting_is_asked_at_a_length_where_auto_splits():
-    setting = Setting(causal_lm, Training("32-true", lambda _: None))
-    setting.rewrite(MSTConfig("auto", "auto", "none"))
-    assert mlp_passes(setting) == pytest.approx(11 / 3)

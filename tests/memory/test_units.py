@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_mst.units import format_gib, parse_bytes
+from lightning_mst.units import in_words, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -35,5 +35,5 @@ def test_what_is_no_amount_of_memory_is_named_with_what_would_be(text):
     assert "'80GiB'" in str(error.value)
 
 
-def test_gib_are_written_with_two_decimals_and_small_amounts_with_three_digits():
-    assert [format_gib(size) for size in (3 * 2**29, 2**20, 0)] == ["1.50", "0.000977", "0.00"]
+def test_amounts_are_written_in_gib_and_small_ones_in_mib():
+    assert [in_words(size) for size in (3 * 2**29, 2**20, 0)] == ["1.50 GiB", "1.0 MiB", "0.00 GiB"]

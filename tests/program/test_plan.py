@@ -169,7 +169,7 @@ def test_a_model_that_is_too_large_comes_with_what_to_add(here, capsys):
 
     error = capsys.readouterr().err
     assert exit_info.value.code == 1
-    assert "llama_small does not fit 0.000488 GiB at any length" in error
+    assert "llama_small does not fit 0.5 MiB at any length" in error
     assert "Add precision=bf16-true optimizer=adamw_in_backward, or precision=nf4-lora" in error
 
 
