@@ -63,6 +63,8 @@ def test_a_configuration_that_lacks_a_size_is_refused_instead_of_filled_in(folde
 def test_sizes_under_other_names_are_found(family, tmp_path):
     from lightning_mst.memory.sources import check_fields
 
+    if not hasattr(transformers, f"{family}Config"):
+        pytest.skip(f"transformers {transformers.__version__} has no {family}")
     getattr(transformers, f"{family}Config")().save_pretrained(tmp_path)
     check_fields(str(tmp_path))
 
