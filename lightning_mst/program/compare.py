@@ -13,8 +13,8 @@ from typing import Any
 
 from rich.console import Console
 
-from lightning_mst.configurations import conf_dir
 from lightning_mst.program.results import read_result, remove_result
+from lightning_mst.program.settings import add_settings, read_settings
 from lightning_mst.program.sweep import write_csv
 from lightning_mst.program.tables import describe_model, number, print_table
 
@@ -66,13 +66,11 @@ def parse(argv: Sequence[str]) -> tuple[list[str], int, Path, list[str]]:
         description="Run the same training steps (same weights, same data) under several mini-sequence settings, each "
         "in a process of its own, and compare memory, speed and loss.",
     )
-    available = sorted(path.stem for path in (conf_dir() / "mst").glob("*.yaml"))
-    parser.add_argument(
-        "--mst",
-        nargs="+",
-        default=["off", "auto"],
-        metavar="NAME",
-        help=f"settings to compare, the first is the reference (default: off auto; there are {', '.join(available)})",
+    add_settings(
+        parser,
+        ("off", "auto"),
+        "settings to compare, the first is the reference",
+        f"Hydra overrides of every run, as for train (default: {' '.join(DEFAULT_OVERRIDES)})",
     )
     parser.add_argument(
         "--steps", type=int, default=DEFAULT_STEPS, help=f"training steps of each (default: {DEFAULT_STEPS})"
@@ -80,36 +78,12 @@ def parse(argv: Sequence[str]) -> tuple[list[str], int, Path, list[str]]:
     parser.add_argument(
         "--output", type=Path, help="folder for the table, the chart and the runs (default: outputs/DATE/TIME-compare)"
     )
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help=f"Hydra overrides of every run, as for train (default: {' '.join(DEFAULT_OVERRIDES)})",
-    )
     arguments = parser.parse_intermixed_args(argv)
-    # `--mst off auto data.sequence_length=4096`: argparse gives all three to --mst.
-    settings = [name for name in arguments.mst if not _is_override(name)]
-    overrides = [name for name in arguments.mst if _is_override(name)] + arguments.overrides
-    unknown = [name for name in settings if name not in available]
-    if unknown and not any(override.startswith("hydra.searchpath") for override in overrides):
-        parser.error(f"unknown --mst {', '.join(unknown)}; there are {', '.join(available)}")
-    if not settings:
-        parser.error("--mst needs the name of a setting")
-    if len(set(settings)) < len(settings):
-        parser.error("--mst names a setting twice")
-    wrong = [override for override in overrides if not _is_override(override)]
-    if wrong:
-        parser.error(f"not an override (key=value): {', '.join(wrong)}")
-    if any(override.startswith("mst=") for override in overrides):
-        parser.error("the mst group is what is compared: name its settings after --mst")
+    settings, overrides = read_settings(parser, arguments.mst, arguments.overrides)
     if arguments.steps < 1:
         parser.error(f"--steps should be 1 or more, got {arguments.steps}")
     output = arguments.output or Path("outputs", datetime.now().strftime("%Y-%m-%d/%H-%M-%S-compare"))
     return settings, arguments.steps, output, overrides
-
-
-def _is_override(text: str) -> bool:
-    return "=" in text or text.startswith("~")
 
 
 class RunFailed(Exception):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_mst.configurations import names_of
+from lightning_mst.program.settings import add_settings, is_override, read_settings
 from lightning_mst.units import parse_bytes
 
 __all__ = ["DEFAULT_MEMORY", "DEFAULT_OUTPUT", "STDOUT", "Arguments", "parse"]
@@ -66,13 +66,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     parser.add_argument(
         "--length", metavar="TOKENS", help="find the smallest numbers of mini-sequences that reach this length"
     )
-    parser.add_argument(
-        "--mst",
-        nargs="+",
-        default=list(DEFAULT_RUNGS),
-        metavar="NAME",
-        help=f"settings to plan (default: {' '.join(DEFAULT_RUNGS)}; there are {', '.join(names_of('mst'))})",
-    )
+    add_settings(parser, DEFAULT_RUNGS, "settings to plan", "Hydra overrides of the run that is planned, as for train")
     parser.add_argument(
         "--output", type=Path, help=f"folder for the figure and the numbers (default: {DEFAULT_OUTPUT})"
     )
@@ -89,28 +83,11 @@ def parse(argv: Sequence[str]) -> Arguments:
         help="run real steps of a few of the model's layers here, at data.sequence_length or --length, and compare "
         "them with the prediction",
     )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="Hydra overrides of the run that is planned, as for train"
-    )
     given = parser.parse_intermixed_args(argv)
-    # `--mst off auto model=llama3_8b`: argparse gives all three to --mst, and the one after --json to that.
-    settings = [name for name in given.mst if not _is_override(name)]
-    overrides = [name for name in given.mst if _is_override(name)] + given.overrides
-    numbers = given.json
-    if numbers is not None and _is_override(numbers):
+    numbers, overrides = given.json, given.overrides
+    if numbers is not None and is_override(numbers):  # argparse gives the one after --json to that
         numbers, overrides = STDOUT, [numbers, *overrides]
-    unknown = [name for name in settings if name not in names_of("mst")]
-    if unknown and not any(override.startswith("hydra.searchpath") for override in overrides):
-        parser.error(f"unknown --mst {', '.join(unknown)}; there are {', '.join(names_of('mst'))}")
-    if not settings:
-        parser.error("--mst needs the name of a setting")
-    if len(set(settings)) < len(settings):
-        parser.error("--mst names a setting twice")
-    wrong = [override for override in overrides if not _is_override(override)]
-    if wrong:
-        parser.error(f"not an override (key=value): {', '.join(wrong)}")
-    if any(override.startswith("mst=") for override in overrides):
-        parser.error("the mst group is what is compared: name its settings after --mst")
+    settings, overrides = read_settings(parser, given.mst, overrides)
     memory = None
     if given.memory is not None:
         try:
@@ -118,10 +95,6 @@ def parse(argv: Sequence[str]) -> Arguments:
         except ValueError as error:
             parser.error(f"--memory: {error}")
     return Arguments(settings, memory, _length(parser, given.length), given.output, numbers, given.measure, overrides)
-
-
-def _is_override(text: str) -> bool:
-    return "=" in text or text.startswith("~")
 
 
 def _length(parser: argparse.ArgumentParser, text: str | None) -> int | None:
