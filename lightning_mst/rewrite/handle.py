@@ -23,6 +23,7 @@ from lightning_mst.rewrite.checkpointing import (
 from lightning_mst.rewrite.config import MSTConfig
 from lightning_mst.rewrite.discovery import Candidate, find_layers, find_mlps, match_mlps
 from lightning_mst.rewrite.heads import find_lm_heads, match_lm_heads
+from lightning_mst.rewrite.joining import FirstForm
 from lightning_mst.rewrite.mlp import MLPForm
 from lightning_mst.rewrite.pace import Pace
 from lightning_mst.rewrite.probe import Verdict
@@ -182,7 +183,7 @@ class _Plan:
                 checkpoint_layer(layer, index in self._chosen)
         for _, layer in self._layers:
             for form in forms(layer):
-                if isinstance(form, MLPForm):
+                if isinstance(form, (MLPForm, FirstForm)):
                     form.in_checkpoint = is_checkpointed(layer)
 
     def _choose_mlps(self, model: nn.Module) -> list[Candidate]:

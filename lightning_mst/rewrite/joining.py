@@ -22,6 +22,8 @@ class FirstForm:
     """The settings of the first of two projections."""
 
     chunks: int | str
+    # As in MLPForm.
+    in_checkpoint: bool = True
     pace: Pace = field(default_factory=Pace)
 
 
@@ -79,8 +81,9 @@ def _first_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     forward = original_forward(self)
     call = Call(type(self).__name__, args, kwargs)
     num_chunks = call.num_chunks(form.chunks, form.pace)
+    whole = num_chunks == 1 and not call.is_worth_recomputing(form.chunks, in_checkpoint=form.in_checkpoint)
     # A hook before it may gather weights that are gone again when the second projection is called.
-    if num_chunks == 1 or self._forward_pre_hooks:
+    if whole or self._forward_pre_hooks:
         return forward(*args, **kwargs)
     shape = linear_shape(self)
     assert shape is not None

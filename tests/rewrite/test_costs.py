@@ -76,3 +76,31 @@ def test_without_checkpointing_nothing_of_the_mlps_inner_width_is_kept(kind):
     _, saved, _ = cost(model, ids)
     layers = 2
     assert saved <= whole - layers * ONE_ACTIVATION
+
+
+@pytest.mark.parametrize(
+    "kind", ["gated", "a norm after the MLP", "two projections in the layer", "a method of the layer"]
+)
+def test_auto_recomputes_what_is_too_short_to_split_where_its_layer_keeps_its_activations(kind):
+    tokens = 1024
+    model = build(KINDS[kind], intermediate_size=INNER, ffn_dim=INNER, hidden_size=64, max_position_embeddings=tokens)
+    ids = torch.randint(3, VOCAB, (1, tokens))
+
+    def step(**settings: object) -> tuple[int, dict[str, torch.Tensor]]:
+        handle = apply_mst(model, lm_head_chunks=4, **settings)
+        with TensorBytes([*model.parameters(), *model.buffers()]) as held:
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            saved = held.live
+        loss.backward()
+        grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad(set_to_none=True)
+        handle.remove()
+        return saved, grads
+
+    whole, expected = step(mlp_chunks=None, checkpoint_layers="none")
+    kept, grads = step(mlp_chunks="auto", checkpoint_layers="none")
+    assert kept <= whole - 2 * tokens * INNER * 4
+    for name, grad in grads.items():
+        assert (grad - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
+    checkpointed, _ = step(mlp_chunks=None, checkpoint_layers="all")
+    assert step(mlp_chunks="auto", checkpoint_layers="all")[0] == checkpointed
