@@ -83,7 +83,7 @@ class Setting:
         if isinstance(model, nn.Module):
             built = fake_copy(model, self.fake)
         else:
-            with self.fake, _default_dtype(dtype):
+            with self.fake, default_dtype(dtype):
                 built = model()
             if not isinstance(built, nn.Module):
                 raise TypeError(f"The function that builds the model returned {type(built).__name__}, not a module.")
@@ -91,7 +91,7 @@ class Setting:
                 # As Lightning does to a module that was built without its context.
                 with self.fake, fake_modules_move():
                     built = built.to(dtype)
-        with self.fake, _default_dtype(dtype):
+        with self.fake, default_dtype(dtype):
             self.model = training.prepare(built).train()
         self._handle: MSTHandle | None = None
 
@@ -146,7 +146,8 @@ def _model_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 @contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Lets what the body builds have a dtype, as ``Trainer.init_module`` does."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_mst.memory.prediction import Prediction, vocab_size_of
 from lightning_mst.memory.rehearsal import Step
-from lightning_mst.memory.setting import PRECISIONS, Setting, Training
+from lightning_mst.memory.setting import PRECISIONS, Setting, Training, default_dtype
 from lightning_mst.memory.tensor_bytes import TensorBytes
 from lightning_mst.program.errors import ConfigurationError
 from lightning_mst.program.plan_arguments import STDOUT, Arguments
@@ -147,16 +147,11 @@ def _real_model(build_model: Callable[[], nn.Module], training: Training, device
     """The model as ``Trainer`` makes it."""
     dtype, _ = PRECISIONS[training.precision]
     torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            model = build_model()
-            if training.precision.endswith("-true"):
-                model = model.to(dtype)
-            return training.prepare(model).train()
-    finally:
-        torch.set_default_dtype(before)
+    with default_dtype(dtype), device:
+        model = build_model()
+        if training.precision.endswith("-true"):
+            model = model.to(dtype)
+        return training.prepare(model).train()
 
 
 def _take(model: nn.Module, optimizer: Any, batch: dict[str, Tensor], step: Step, *, accumulates: bool) -> None:

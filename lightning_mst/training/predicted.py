@@ -23,6 +23,7 @@ from lightning_mst.in_backward.optimizer import OptimizerInBackward
 from lightning_mst.memory.devices import DEVICES, Device
 from lightning_mst.memory.prediction import Prediction, predict, vocab_size_of
 from lightning_mst.memory.rehearsal import Step, fake_copy, new_fake_mode, rehearse
+from lightning_mst.memory.setting import PRECISIONS
 from lightning_mst.memory.tensor_bytes import TensorBytes
 from lightning_mst.rewrite.config import MSTConfig
 from lightning_mst.rewrite.handle import MSTHandle, apply_mst
@@ -32,7 +33,7 @@ from lightning_mst.training.side_effects import without_side_effects
 
 __all__ = ["HALF_PRECISION", "CannotRehearse", "RehearsedProgram", "is_compiled"]
 
-HALF_PRECISION = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+HALF_PRECISION = {name: autocast for name, (_, autocast) in PRECISIONS.items() if autocast is not None}
 STANDARD = MSTConfig(mlp_chunks=None, lm_head_chunks=None, checkpoint_layers="none")
 
 
