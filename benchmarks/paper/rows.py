@@ -22,6 +22,7 @@ from lightning_mst.configurations import conf_dir
 from lightning_mst.memory.devices import DEVICES
 from lightning_mst.memory.longest import longest
 from lightning_mst.memory.optimizers import make_optimizer
+from lightning_mst.memory.planner import RUNGS, mst_setting
 from lightning_mst.memory.prediction import Prediction
 from lightning_mst.memory.setting import Setting, Training
 from lightning_mst.memory.tensor_bytes import TensorBytes
@@ -36,7 +37,6 @@ A100 = int(79.15 * GIB)
 """What torch calls the total capacity of an A100-80GB, in its message about a device that is out of memory."""
 CAPACITY = A100 - DEVICES["cuda"].overhead
 """What is left of it for tensors and the allocator's fragments."""
-RUNGS = ("off", "recompute", "paper", "auto")
 
 _UNCHANGED = MSTConfig(mlp_chunks=None, lm_head_chunks=None, checkpoint_layers="none")
 _SHORTER, _LONGER = 2048, 8192
@@ -125,7 +125,7 @@ def our_lengths(
     chosen = Setting(builder(model), training)
     lengths: dict[str, int] = {}
     for rung in RUNGS:
-        config = MSTConfig(**OmegaConf.to_container(OmegaConf.load(conf_dir() / "mst" / f"{rung}.yaml")))  # type: ignore[arg-type]
+        config = mst_setting(rung)
         expected = max(lengths.values(), default=0)
         lengths[rung] = _longest(chosen, config, expected=expected)
     return lengths

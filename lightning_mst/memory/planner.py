@@ -193,7 +193,7 @@ def plan(
     _check_number("batch_size", batch_size)
     if sequence_length is not None:
         _check_number("sequence_length", sequence_length, least=2)
-    configs = {name: _setting_of(name) for name in mst}
+    configs = {name: mst_setting(name) for name in mst}
     make = make_optimizer(optimizer) if isinstance(optimizer, str) else optimizer
     training = Training(
         precision=precision,
@@ -256,7 +256,12 @@ def plan_setting(
     )
 
 
-def _setting_of(name: str) -> MSTConfig:
+def mst_setting(name: str) -> MSTConfig:
+    """The config of a file of ``conf/mst``.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
     if name not in names_of("mst"):
         raise ValueError(f"There is no conf/mst/{name}.yaml. Expected one of {', '.join(names_of('mst'))}.")
     return MSTConfig(**OmegaConf.to_container(OmegaConf.load(conf_dir() / "mst" / f"{name}.yaml")))  # type: ignore[arg-type]

@@ -119,11 +119,6 @@ class Setting:
         """What it runs on."""
         return DEVICES[self.training.device]
 
-    @property
-    def handle(self) -> MSTHandle | None:
-        """The model's rewrite, if it is rewritten."""
-        return self._handle
-
     def step(self, sequence_length: int, batch_size: int = 1) -> Step:
         """The step of a batch (B, S)."""
         training = self.training
