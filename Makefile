@@ -4,7 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= outputs
 
-.PHONY: train test test-oldest support-table paper-table lint format benchmark clean help
+.PHONY: train test test-oldest support-table paper-table lint format docs docs-links pages page-outputs benchmark gpu \
+	experiments clean help
 
 help:            ## show the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -34,7 +35,7 @@ $(VENV)-oldest/installed: pyproject.toml constraints-oldest.txt
 test-oldest: $(VENV)-oldest/installed  ## run the tests of the library itself on the oldest supported releases
 	$(VENV)-oldest/bin/python -m pytest -n 2 --dist loadfile tests/ops tests/rewrite tests/memory tests/training tests/strategies tests/test_callback.py
 
-support-table: $(VENV)/installed  ## test every family of transformers and write the README's table from the results
+support-table: $(VENV)/installed  ## test every family of transformers and write docs/models.md's table from the results
 	WRITE_SUPPORT_TABLE=1 $(BIN)/python -m pytest tests/rewrite/test_causal_lms.py
 
 lint: $(VENV)/installed  ## ruff and mypy
@@ -46,11 +47,36 @@ format: $(VENV)/installed  ## rewrite the sources in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-benchmark: $(VENV)/installed  ## time and bytes of the two ops against the unmodified blocks and public peers
+$(VENV)/docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+docs: $(VENV)/docs  ## build the pages and the API reference into docs/_build; warnings are errors
+	$(BIN)/python -m sphinx -n -W --keep-going -q docs docs/_build
+
+docs-links: $(VENV)/docs  ## check the links to other sites (needs the internet)
+	$(BIN)/python -m sphinx -b linkcheck -q docs docs/_build/links
+
+pages: $(VENV)/installed  ## fill README and docs with the numbers and outputs of the committed result files
+	$(BIN)/python -m benchmarks.pages
+
+page-outputs: $(VENV)/installed  ## run the documented commands (on a quiet machine) and show what they print
+	$(BIN)/python -m benchmarks.outputs
+	$(BIN)/python -m benchmarks.pages
+
+$(VENV)/peers: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[peers]'
+	touch $@
+
+benchmark: $(VENV)/peers  ## time, bytes, matmuls and errors of our blocks beside the unmodified and other projects'
 	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m benchmarks.tables
+
+gpu: $(VENV)/peers  ## on a GPU: the tests that need one, the benchmarks, and the paper's experiments
+	$(BIN)/python -m benchmarks.gpu
 
 paper-table: $(VENV)/installed  ## predict the paper's memory figures: docs/paper_memory.md
 	$(BIN)/python -m benchmarks.paper
 
 clean:           ## remove everything that the other targets made
-	rm -rf $(VENV) $(VENV)-oldest $(OUT) build dist
+	rm -rf $(VENV) $(VENV)-oldest $(OUT) build dist docs/_build

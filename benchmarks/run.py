@@ -1,110 +1,117 @@
-"""``python -m benchmarks.run [head] [mlp] [losses]``: time and bytes beside unmodified blocks and public ways to chunk.
+"""``python -m benchmarks.run [head] [mlp] [losses] [step]``: our blocks beside public ones, in the same run.
 
-The two ops, and losses that run on deferred logits. Writes ``ops-cpu.json`` and ``losses-cpu.json`` to
-``benchmarks/results`` and puts the tables into the README.
+Each section goes to a file ``<section>-<cpu or device>.json``, by default in ``benchmarks/results``;
+``python -m benchmarks.tables`` makes the README's tables from them. All of it takes less than 25 minutes on two quiet
+CPU cores. ``--hidden 64 --intermediate 128 --vocabulary 256 --lengths 128`` takes seconds.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
+import dataclasses
+import gc
 import json
-import platform
+import re
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from benchmarks import blocks, measure
-from benchmarks.tables import result_file, write_readme
+from benchmarks import heads, losses, mlps, steps
+from benchmarks.contest import Contest, hold
+from benchmarks.sizes import Sizes, default_lengths, default_sizes
+from benchmarks.tables import RESULTS, markdown
+from lightning_mst.experiments.environment import environment
 
-HIDDEN, INTERMEDIATE, VOCAB = 1024, 3584, 32000
-SIZES = {
-    "ops": {"hidden": HIDDEN, "intermediate": INTERMEDIATE, "vocabulary": VOCAB},
-    "losses": {"hidden": HIDDEN, "vocabulary": VOCAB},
+SECTIONS: dict[str, Callable[[Sizes, int, torch.dtype, torch.device], list[Contest]]] = {
+    "head": heads.contest,
+    "mlp": mlps.contest,
+    "losses": losses.contest,
+    "step": steps.contest,
 }
-LONGEST_DISTILLATION = 8192  # beyond, the unmodified form takes more than 8 GB
+PEERS = ("liger-kernel", "cut-cross-entropy", "deepspeed", "triton")
 
 
-def contest(name: str, steps: dict[str, measure.Step], inputs: list[torch.Tensor], length: int, runs: int) -> list:
-    # Measuring the bytes first warms up for measuring the time.
-    peaks = {kind: measure.peak_bytes(step, inputs) for kind, step in steps.items()}
-    times = measure.seconds(steps, runs if length <= 4096 else 1)
-    rows = [
-        {"block": name, "length": length, "kind": kind, "seconds": times[kind], "peak_bytes": peaks[kind]}
-        for kind in steps
-    ]
-    for row in rows:
-        print(f"{name:24} S={length:6} {row['kind']:22} {row['seconds']:8.2f} s {row['peak_bytes'] / 2**20:9.0f} MiB")
-    return rows
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse(argv)
+    device = torch.device(arguments.device)
+    for section in arguments.sections or SECTIONS:
+        torch.manual_seed(0)
+        result = measure(section, device, arguments)
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        file = arguments.output / f"{section}-{slug(device)}.json"
+        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        print(f"\n{markdown(result)}\nwritten to {file}\n", flush=True)
 
 
-def head_rows(length: int, runs: int) -> list[dict]:
-    hidden = torch.randn(length, HIDDEN, requires_grad=True)
-    weight = (torch.randn(VOCAB, HIDDEN) / HIDDEN**0.5).requires_grad_()
-    labels = torch.randint(0, VOCAB, (length,))
-    return contest("LM head", blocks.lm_heads(hidden, weight, labels), [hidden, weight, labels], length, runs)
-
-
-def mlp_rows(length: int, runs: int) -> list[dict]:
-    mlp = blocks.GatedMLP(HIDDEN, INTERMEDIATE)
-    x = torch.randn(1, length, HIDDEN, requires_grad=True)
-    rows: list[dict] = []
-    for name, in_layer in (("MLP", False), ("MLP, checkpointed layer", True)):
-        rows += contest(name, blocks.mlps(x, mlp, in_layer=in_layer), [x, *mlp.parameters()], length, runs)
-    return rows
-
-
-def loss_rows(length: int, runs: int) -> list[dict]:
-    hidden = torch.randn(length, HIDDEN, requires_grad=True)
-    weight = (torch.randn(VOCAB, HIDDEN) / HIDDEN**0.5).requires_grad_()
-    teacher = torch.randn(length, HIDDEN), torch.randn(VOCAB, HIDDEN) / HIDDEN**0.5
-    labels = torch.randint(0, VOCAB, (length,))
-    steps = blocks.losses(blocks.log_probabilities, [(hidden, weight)], labels)
-    rows = contest("Per-token log-probabilities", steps, [hidden, weight, labels], length, runs)
-    if length <= LONGEST_DISTILLATION:
-        steps = blocks.losses(blocks.distillation, [(hidden, weight), teacher])
-        rows += contest("Distillation", steps, [hidden, weight, *teacher], length, runs)
-    return rows
-
-
-# What can be measured, and the result file and README section that it goes to.
-MEASUREMENTS = {"head": ("ops", head_rows), "mlp": ("ops", mlp_rows), "losses": ("losses", loss_rows)}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
+    parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []], help="what to measure (default: all)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", help="such as bfloat16 (default: bfloat16 on a GPU, float32 on a CPU)")
+    parser.add_argument("--lengths", type=int, nargs="+", help="tokens (default: by section and device)")
+    for field in dataclasses.fields(Sizes):
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, help="default: by section and device")
+    parser.add_argument("--runs", type=int, default=5, help="the most timed repetitions; the median counts")
     parser.add_argument(
-        "only", nargs="*", choices=MEASUREMENTS, help="what to measure; the files keep their other rows (default: all)"
+        "--seconds", type=float, default=40, help="of each block and length, after which no further repetition begins"
     )
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
-    parser.add_argument(
-        "--runs", type=int, default=3, help="timed repetitions up to S = 4096 (beyond: 1); the median counts"
-    )
-    arguments = parser.parse_args()
-    torch.manual_seed(0)
-    rows: dict[str, list[dict]] = {}
-    for length in arguments.lengths:
-        for section, measured in (MEASUREMENTS[name] for name in arguments.only or MEASUREMENTS):
-            rows.setdefault(section, []).extend(measured(length, arguments.runs))
-    for section in rows:
-        save(section, rows[section])
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result files")
+    return parser.parse_args(argv)
 
 
-def save(section: str, rows: list[dict]) -> None:
-    path = result_file(section)
-    blocks_measured = {row["block"] for row in rows}
-    kept = json.loads(path.read_text())["rows"] if path.exists() else []
-    rows = rows + [row for row in kept if row["block"] not in blocks_measured]
-    result = {
-        "date": datetime.date.today().isoformat(),
-        "device": f"CPU, {torch.get_num_threads()} threads, {platform.machine()}",
-        "torch": torch.__version__,
-        "dtype": "float32",
-        "sizes": SIZES[section],
-        "rows": sorted(rows, key=lambda row: row["block"]),
+def measure(section: str, device: torch.device, arguments: argparse.Namespace) -> dict[str, Any]:
+    """One section, at all lengths."""
+    dtype = getattr(torch, arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    names = [field.name for field in dataclasses.fields(Sizes)]
+    asked = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    sizes = dataclasses.replace(default_sizes(section, device), **asked)
+    rows: list[dict[str, Any]] = []
+    skipped: list[dict[str, str]] = []
+    for length in arguments.lengths or default_lengths(section, device):
+        contests = SECTIONS[section](sizes, length, dtype, device)
+        while contests:
+            done, left_out = hold(contests.pop(0), budget=arguments.seconds, runs=arguments.runs)
+            rows += done
+            skipped += [entry for entry in left_out if entry not in skipped]
+        gc.collect()
+    return {
+        **described(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "sizes": {name: value for name, value in dataclasses.asdict(sizes).items() if name in USED[section]},
+        "rows": rows,
+        "skipped": skipped,
     }
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    write_readme(section, result)
+
+
+USED = {
+    "head": ("hidden", "vocabulary"),
+    "mlp": ("hidden", "intermediate"),
+    "losses": ("hidden", "vocabulary"),
+    "step": ("hidden", "intermediate", "vocabulary", "layers"),
+}
+
+
+def described(device: torch.device) -> dict[str, Any]:
+    """Device, versions and date; with the versions of the peers that are installed."""
+    here = environment()
+    if device.type == "cpu" and torch.cuda.is_available():
+        here["device"] = f"CPU, {torch.get_num_threads()} threads"
+    for package in PEERS:
+        try:
+            here["versions"][package] = version(package)
+        except PackageNotFoundError:  # named under "skipped"
+            continue
+    return here
+
+
+def slug(device: torch.device) -> str:
+    """``cpu``, or the GPU's name as a part of a file's name."""
+    if device.type == "cpu":
+        return "cpu"
+    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""A Lightning program that anyone could have written, with one line added: ``callbacks=[MSTCallback(...)]``."""
+"""A Lightning program that anyone could have written, with one line added: ``callbacks=[MSTCallback(...)]``.
+
+The real size, on a GPU: ``AutoModelForCausalLM.from_pretrained("my/model").train()``, text of 64K tokens per sequence,
+``Trainer(precision="bf16-true")``, and ``MSTCallback()`` without numbers.
+"""
 
 import torch
 import torch.nn.functional as F

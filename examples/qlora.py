@@ -1,5 +1,8 @@
 """QLoRA on long sequences: 4-bit weights that stay as they are, adapters that train, mini-sequences for the rest.
 
+The real size, on a GPU: ``AutoModelForCausalLM.from_pretrained("my/model", dtype=torch.bfloat16).train()``, text of 64K
+tokens per sequence, a learning rate of 2e-4, and ``MSTCallback()`` without numbers. ``lora.py`` saves its adapters.
+
 Needs ``pip install 'lightning-mst[quantized]'``.
 """
 
@@ -15,14 +18,14 @@ from lightning_mst.causal_lm import CausalLM
 from lightning_mst.models import count_parameters
 from lightning_mst.quantization import quantize
 
-VOCAB, LENGTH = 1000, 2048
+VOCAB, LENGTH = 1000, 1024
 
 if __name__ == "__main__":
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCAB, hidden_size=256, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=4
     )
-    # Random weights, so that the example runs anywhere; yours come from AutoModelForCausalLM.from_pretrained(...).
+    # Random weights, so that the example runs anywhere.
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).train()
     before = model.get_memory_footprint()
     quantize(model, "nf4")

@@ -1,4 +1,4 @@
-"""The command ``lightning-mst``: ``train``, ``compare`` and ``plan``."""
+"""The command ``lightning-mst``: ``train``, ``compare``, ``plan`` and ``report``."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ commands:
   train     train one model, or sweep over settings with -m (arguments are Hydra overrides)
   compare   run the same training steps under several mini-sequence settings, side by side
   plan      predict, without a GPU, how long sequences may be on one, and what fills its memory
+  report    gather the runs of experiments and sweeps into one table and one picture
 
 options:
   -h, --help   show this text, or after a command that command's options
@@ -34,6 +35,8 @@ examples:
   lightning-mst compare --mst off recompute auto --steps 4 data.sequence_length=16384
   lightning-mst plan model=llama3_8b precision=bf16-true optimizer=adamw_in_backward
   lightning-mst plan --memory 24GiB --length 32768 model=llama3_8b precision=nf4-lora
+  lightning-mst train -m experiment=smoke/lm_head
+  lightning-mst report multirun
 """
 
 
@@ -66,8 +69,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         from lightning_mst.program.plan import main as plan
 
         plan(rest)
+    elif command == "report":
+        from lightning_mst.report.main import main as report
+
+        report(rest)
     else:
-        known = "there are train, compare and plan (see --help)"
+        known = "there are train, compare, plan and report (see --help)"
         print(f"lightning-mst: unknown command {command!r}; {known}", file=sys.stderr)
         raise SystemExit(2)
 
@@ -83,9 +90,9 @@ def _train(overrides: list[str]) -> None:
     def task(config: DictConfig) -> Any:
         # Lightning starts the other processes of a multi-device run with this command line: it has to be whole.
         sys.argv = process_argv
-        from lightning_mst.program.train import train
+        from lightning_mst.experiments.tasks import run_task
 
-        return train(config)
+        return run_task(config)
 
     program = hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(task)
     sys.argv = ["lightning-mst train", *overrides]  # Hydra reads its arguments from here, and nowhere else

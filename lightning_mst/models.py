@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,7 @@ __all__ = [
 def from_config(
     config: PreTrainedConfig,
     *,
+    shrink: int = 1,
     attn_implementation: str = "sdpa",
     dtype: torch.dtype | str | None = None,
 ) -> nn.Module:
@@ -34,6 +37,8 @@ def from_config(
 
     Args:
         config: A transformers configuration, such as ``LlamaConfig(hidden_size=256, ...)``.
+        shrink: Build a model of the same proportions whose widths are so many times smaller: the hidden size, that of
+            the MLPs, that of attention (fewer heads, then smaller ones) and the vocabulary. Its depth stays.
         attn_implementation: ``"sdpa"``, ``"eager"``, ``"flex_attention"``, ``"flash_attention_2"``, ...
         dtype: Of the weights, such as ``torch.bfloat16`` or ``"bfloat16"``. Default: torch's default dtype, which
             ``Trainer.init_module()`` sets according to the trainer's precision.
@@ -43,12 +48,43 @@ def from_config(
 
     Raises:
         ValueError: transformers knows no causal language model of this configuration, the model does not support this
-            kind of attention, or torch has no such dtype.
+            kind of attention, torch has no such dtype, or a size does not divide by ``shrink``.
     """
     from transformers import AutoModelForCausalLM
 
+    if shrink != 1:
+        config = _shrunk(config, shrink)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation, dtype=_dtype_of(dtype))
     return model.train()
+
+
+_WIDTHS = ("hidden_size", "intermediate_size", "vocab_size")
+_HEADS = ("num_attention_heads", "num_key_value_heads")
+_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
+
+
+def _shrunk(config: PreTrainedConfig, factor: int) -> PreTrainedConfig:
+    """A copy with smaller widths, whose ratios are those of the original."""
+    if not isinstance(factor, int) or factor < 1:
+        raise ValueError(f"shrink should be a whole number, 1 or more, got {factor!r}")
+    missing = [name for name in (*_WIDTHS, *_HEADS) if not isinstance(getattr(config, name, None), int)]
+    if missing:
+        raise ValueError(f"shrink={factor}: {type(config).__name__} does not say {', '.join(missing)}. Set shrink=1")
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    # Queries share keys in groups of the same size as before, so heads go by what divides both of their numbers.
+    fewer = math.gcd(factor, *(getattr(config, name) for name in _HEADS))
+    divisors = {**dict.fromkeys(_WIDTHS, factor), **dict.fromkeys(_HEADS, fewer), "head_dim": factor // fewer}
+    sizes = {name: head_dim if name == "head_dim" else getattr(config, name) for name in divisors}
+    wrong = [f"{name}={sizes[name]} by {divisor}" for name, divisor in divisors.items() if sizes[name] % divisor]
+    if wrong:
+        raise ValueError(f"shrink={factor} would divide {', '.join(wrong)}: not whole numbers. Choose another shrink")
+    small = copy.deepcopy(config)
+    for name, divisor in divisors.items():
+        setattr(small, name, sizes[name] // divisor)
+    for name in _TOKENS:
+        if isinstance(token := getattr(small, name, None), int) and token >= small.vocab_size:
+            setattr(small, name, None)
+    return small
 
 
 def from_pretrained(

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import zipfile
 from collections.abc import Iterator
+from pathlib import Path
 
 # pytest-xdist runs one worker per core; torch's own threads would fight over them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -12,10 +16,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from processes import RANK_VARIABLES, quiet_port
+from processes import RANK_VARIABLES, environment, quiet_port
 
 torch.set_num_threads(1)
 _LINEAR = F.linear
+_ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -46,3 +51,23 @@ def _linear_stays_torchs_own() -> Iterator[None]:
     F.linear = _LINEAR
     yield
     F.linear = _LINEAR
+
+
+@pytest.fixture(scope="session")
+def installed_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what installing the wheel puts into ``site-packages``."""
+    pytest.importorskip("build")
+    pytest.importorskip("hatchling")
+    built, folder = tmp_path_factory.mktemp("built"), tmp_path_factory.mktemp("installed")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(built), str(_ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = built.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(folder)
+    return folder
+
+
+@pytest.fixture
+def wheel_environment(installed_wheel: Path) -> dict[str, str]:
+    """Variables of a program that imports the package from its wheel, whatever else is installed."""
+    paths = [str(installed_wheel), os.environ.get("PYTHONPATH", "")]
+    return environment(PYTHONPATH=os.pathsep.join(path for path in paths if path))

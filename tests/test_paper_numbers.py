@@ -9,8 +9,9 @@ import pytest
 pytest.importorskip("transformers")
 from benchmarks.paper import rows, stream
 from benchmarks.paper.allocator import MIB, CachingAllocator, OutOfMemory
-from benchmarks.paper.rows import CAPACITY, LENGTH_BOUND, NUMBERS, RATIO_BOUND, K
+from benchmarks.paper.rows import CAPACITY, LENGTH_BOUND, RATIO_BOUND
 from benchmarks.paper.table import PAGE, RESULTS, page
+from lightning_mst.report.paper import NUMBERS, K
 
 RECORDED = json.loads(RESULTS.read_text())["sections"]
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import yaml
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor, nn
@@ -26,13 +24,12 @@ from lightning_mst.memory.planner import RUNGS, mst_setting
 from lightning_mst.memory.prediction import Prediction
 from lightning_mst.memory.setting import Setting, Training
 from lightning_mst.memory.tensor_bytes import TensorBytes
+from lightning_mst.report.paper import NUMBERS, K
 from lightning_mst.rewrite.config import MSTConfig
 from lightning_mst.units import GIB
 
-NUMBERS: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "numbers.yaml").read_text())
 LENGTH_BOUND, RATIO_BOUND = 0.15, 0.25
 """How far a prediction may be from the paper's figure, as a share of that."""
-K = 1024
 A100 = int(79.15 * GIB)
 """What torch calls the total capacity of an A100-80GB, in its message about a device that is out of memory."""
 CAPACITY = A100 - DEVICES["cuda"].overhead

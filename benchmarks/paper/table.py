@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paper.rows import LENGTH_BOUND, RATIO_BOUND, K, Row
+from benchmarks.paper.rows import LENGTH_BOUND, RATIO_BOUND, Row
+from lightning_mst.report.paper import K
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "paper_memory.md"

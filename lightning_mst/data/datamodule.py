@@ -167,7 +167,7 @@ class TextDataModule(LightningDataModule):
 
     @property
     def vocab_size(self) -> int:
-        """The rows that the model's embedding needs: largest token id + 1; see ``requested_vocab_size``.
+        """How many rows the model's embedding needs, largest token id + 1; see ``requested_vocab_size``.
 
         Raises:
             RuntimeError: The data is not prepared yet.
@@ -176,7 +176,7 @@ class TextDataModule(LightningDataModule):
 
     @property
     def dropped_tokens(self) -> dict[str, int]:
-        """Tokens that did not fill a sequence, by side: ``{"train": n, "validation": n}``.
+        """Tokens that did not fill a sequence, as ``{"train": n, "validation": n}``.
 
         Raises:
             RuntimeError: The data is not prepared yet.

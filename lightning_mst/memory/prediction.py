@@ -52,7 +52,7 @@ class Prediction:
 
     @property
     def tensors(self) -> int:
-        """Bytes of tensors on the device, without its overhead: what ``torch.cuda.max_memory_allocated`` counts."""
+        """Bytes of tensors on the device, without its overhead, as ``torch.cuda.max_memory_allocated`` counts them."""
         return self.total - self.kinds["overhead"]
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Chunks = int | Literal["auto", "paper"] | None
-"""How a block is split: a number M, a rule that picks M from the sizes, or ``None`` for "leave the block alone"."""
+"""How a block is split, by a number M or a rule that picks M from the sizes; ``None`` leaves the block alone."""
 
 # Below this many tokens a chunk's matmuls no longer fill a device, so splitting further costs time.
 MLP_MIN_TOKENS = 1024

@@ -41,7 +41,7 @@ class LinearHead:
 
     @property
     def is_plain(self) -> bool:
-        """Whether single rows of the weight can be read: not from a sharded or otherwise wrapped one."""
+        """Whether single rows of the weight can be read, as they can't from a sharded or otherwise wrapped one."""
         return not is_traceable_wrapper_subclass(self.weight)
 
     def check(self, hidden: Tensor) -> None:

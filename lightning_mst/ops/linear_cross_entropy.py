@@ -316,11 +316,13 @@ def _block(
     if values.dtype in HALF:
         values = values.float()
     labels = labels.unsqueeze(1)  # (rows,) -> (rows, 1)
-    largest, arg_largest = values.max(dim=1, keepdim=True)  # (rows, 1)
+    # Before the gradient takes the place of the logits.
+    hits = (values.argmax(dim=1, keepdim=True) == labels).sum() if spec.count_correct else None
     if need_grad:
         grad = torch.softmax(values, dim=1)  # (rows, V)
-        # At its largest entry the softmax is at least 1 / V, so this loses nothing, and it saves a second pass.
-        lse = largest - grad.gather(1, arg_largest).log()
+        # At its largest entry the softmax is at least 1 / V, so this loses nothing, and it saves the exponentials of a
+        # second pass.
+        lse = values.amax(dim=1, keepdim=True) - grad.amax(dim=1, keepdim=True).log()  # (rows, 1)
     else:
         lse = values.logsumexp(dim=1, keepdim=True)
 
@@ -343,15 +345,18 @@ def _block(
         of_softmax = of_softmax + 2.0 * spec.z_loss * lse
 
     if into is not None:
-        grad.mul_(of_softmax * scale)
-        label_grad = -of_label * scale * torch.ones_like(lse)
-        grad.scatter_add_(1, labels, label_grad)
+        of_softmax = of_softmax * scale
+        at_label = grad.gather(1, labels) * of_softmax - of_label * scale
+        # Straight to where it belongs, if it is all there is to do: a copy would be one more pass over the block.
+        scaled = grad if smoothing or spec.logits_fn is not None else into
+        torch.mul(grad, of_softmax, out=scaled)
+        scaled.scatter_(1, labels, at_label.to(scaled.dtype))
         if smoothing:
-            grad -= even * scale
+            scaled -= even * scale
         if spec.logits_fn is not None:
-            (grad,) = torch.autograd.grad(shaped, source, grad.to(shaped.dtype))
-        into.copy_(grad)
-    hits = (arg_largest == labels).sum() if spec.count_correct else None
+            (scaled,) = torch.autograd.grad(shaped, source, scaled.to(shaped.dtype))
+        if scaled is not into:
+            into.copy_(scaled)
     return loss.squeeze(1), hits
 
 

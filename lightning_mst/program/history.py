@@ -37,6 +37,7 @@ class History(pl.Callback):
         self._peaks: list[Tensor] = []
         self._where: str | None = None
         self._tokens_per_second: Tensor | None = None
+        self._seconds_per_step: Tensor | None = None
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -77,6 +78,7 @@ class History(pl.Callback):
         lists = {_LOSSES: self._losses, _PEAKS: self._peaks}
         trainer.callback_metrics.update({key: torch.stack(values) for key, values in lists.items() if values})
         trainer.callback_metrics[_STEPS] = torch.tensor(self._step)
+        self._seconds_per_step = trainer.callback_metrics.get("seconds_per_step")
         self._where = _where_memory_was_highest(trainer)
         if self._where is not None:
             trainer.callback_metrics[_WHERE] = torch.tensor(list(self._where.encode()))  # as numbers come back alone
@@ -87,6 +89,7 @@ class History(pl.Callback):
         self._step = int(metrics[_STEPS])
         self._losses, self._peaks = list(metrics.get(_LOSSES, ())), list(metrics.get(_PEAKS, ()))
         self._tokens_per_second = metrics.get("tokens_per_second")
+        self._seconds_per_step = metrics.get("seconds_per_step")
         if _WHERE in metrics:
             self._where = bytes(metrics[_WHERE].tolist()).decode()
 
@@ -114,6 +117,11 @@ class History(pl.Callback):
     def tokens_per_second(self) -> float | None:
         """Over the whole training, or None where nothing measured it."""
         return None if self._tokens_per_second is None else float(self._tokens_per_second)
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """The median of the main process's steps but the first, or None where nothing measured it."""
+        return None if self._seconds_per_step is None else float(self._seconds_per_step)
 
 
 def _where_memory_was_highest(trainer: pl.Trainer) -> str | None:

@@ -15,6 +15,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from lightning_mst.memory.prediction import Prediction, vocab_size_of
+from lightning_mst.memory.quantized import with_scales
 from lightning_mst.memory.rehearsal import Step
 from lightning_mst.memory.setting import PRECISIONS, Setting, Training, default_dtype
 from lightning_mst.memory.tensor_bytes import TensorBytes
@@ -26,7 +27,7 @@ from lightning_mst.rewrite.config import MSTConfig
 from lightning_mst.rewrite.handle import apply_mst
 from lightning_mst.units import GIB
 
-__all__ = ["measure"]
+__all__ = ["Measured", "measure", "real_model", "run_steps", "take_step"]
 
 LAYERS = 4
 STEPS = 3  # the first leaves the optimizer's states, the second what libraries set up late; the third is measured
@@ -115,8 +116,8 @@ def run_steps(
         device: Where.
     """
     held = TensorBytes()
-    model = _real_model(build_model, training, device)
-    held.count(model.parameters(), "weights")
+    model = real_model(build_model, training, device)
+    held.count(with_scales(model.parameters()), "weights")
     held.count(model.buffers(), "buffers")
     if not config.asks_for_nothing:
         apply_mst(model, config)
@@ -129,7 +130,7 @@ def run_steps(
                 held.forget_peaks()
                 if device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats()
-            _take(model, optimizer, batch, step, accumulates=step.accumulates and index > 0)
+            take_step(model, optimizer, batch, step, accumulates=step.accumulates and index > 0)
     if device.type != "cuda":
         held.freeze()
         return Measured(held.peak)
@@ -143,8 +144,8 @@ def run_steps(
     return Measured(tensors, reserved, total - free, context + torch.cuda.memory_allocated())
 
 
-def _real_model(build_model: Callable[[], nn.Module], training: Training, device: torch.device) -> nn.Module:
-    """The model as ``Trainer`` makes it."""
+def real_model(build_model: Callable[[], nn.Module], training: Training, device: torch.device) -> nn.Module:
+    """The model as ``Trainer`` makes it, with random weights, in train mode."""
     dtype, _ = PRECISIONS[training.precision]
     torch.manual_seed(0)
     with default_dtype(dtype), device:
@@ -154,7 +155,7 @@ def _real_model(build_model: Callable[[], nn.Module], training: Training, device
         return training.prepare(model).train()
 
 
-def _take(model: nn.Module, optimizer: Any, batch: dict[str, Tensor], step: Step, *, accumulates: bool) -> None:
+def take_step(model: nn.Module, optimizer: Any, batch: dict[str, Tensor], step: Step, *, accumulates: bool) -> None:
     """One step, in Lightning's order."""
     with torch.autocast(batch["labels"].device.type, dtype=step.autocast) if step.autocast else nullcontext():
         loss = step.compute_loss(model, batch)

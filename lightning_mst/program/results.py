@@ -50,10 +50,12 @@ def remove_result(folder: Path) -> None:
 
 
 def _json(result: dict[str, Any]) -> str:
-    return json.dumps({key: _finite(value) for key, value in result.items()}, indent=2, allow_nan=False) + "\n"
+    return json.dumps(_finite(result), indent=2, allow_nan=False) + "\n"
 
 
 def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import logging
+import shlex
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from lightning_mst.program.results import read_result, write_failure
 from lightning_mst.program.tables import number, print_table
 
-__all__ = ["MEASUREMENTS", "SweepTable", "read_sweep"]
+__all__ = ["MEASUREMENTS", "SweepTable", "read_overrides", "read_sweep", "swept_keys"]
 
 log = logging.getLogger(__name__)
 
@@ -93,12 +95,10 @@ def read_sweep(folder: Path, *, since: float = 0.0) -> list[dict[str, Any]]:
             continue
         run = path.parent.parent
         result = read_result(run) or {}
-        overrides = dict(str(override).lstrip("+~").partition("=")[::2] for override in OmegaConf.load(path))
         order = OmegaConf.select(OmegaConf.load(path.with_name("hydra.yaml")), "hydra.job.num", default=0)
-        jobs.append((order, str(run.relative_to(folder)), overrides, result))
+        jobs.append((order, str(run.relative_to(folder)), read_overrides(path), result))
     jobs.sort(key=lambda job: job[:2])
-    keys = {key: None for _, _, overrides, _ in jobs for key in overrides}  # a dict keeps the order
-    swept = [key for key in keys if len(jobs) == 1 or len({overrides.get(key) for _, _, overrides, _ in jobs}) > 1]
+    swept = swept_keys([overrides for _, _, overrides, _ in jobs])
     return [
         {
             "run": run,
@@ -111,6 +111,17 @@ def read_sweep(folder: Path, *, since: float = 0.0) -> list[dict[str, Any]]:
     ]
 
 
+def read_overrides(path: Path) -> dict[str, str]:
+    """What an ``overrides.yaml`` of Hydra says: key -> value, in the order of the command line."""
+    return dict(str(override).lstrip("+~").partition("=")[::2] for override in OmegaConf.load(path))
+
+
+def swept_keys(jobs: Sequence[dict[str, str]]) -> list[str]:
+    """The keys that jobs differ in, given the overrides of each; all keys if there is but one job."""
+    keys = {key: None for overrides in jobs for key in overrides}  # a dict keeps the order
+    return [key for key in keys if len(jobs) == 1 or len({overrides.get(key) for overrides in jobs}) > 1]
+
+
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write rows that share their keys, numbers in full."""
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -120,8 +131,9 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def show(folder: Path, rows: list[dict[str, Any]]) -> None:
-    """Print the rows, without the errors' texts."""
-    keys = [key for key in rows[0] if key != "error"]
+    """Print the rows, without the errors' texts and without what none of the runs measures."""
+    unmeasured = [key for key in MEASUREMENTS if all(row[key] is None for row in rows)]
+    keys = [key for key in rows[0] if key != "error" and key not in unmeasured]
     print_table(
         f"Sweep: {folder / 'sweep.csv'}",
         [MEASUREMENTS[key][0] if key in MEASUREMENTS else key for key in keys],
@@ -130,3 +142,4 @@ def show(folder: Path, rows: list[dict[str, Any]]) -> None:
             for row in rows
         ],
     )
+    print(f"All results, with a picture: lightning-mst report {shlex.quote(str(folder))}")

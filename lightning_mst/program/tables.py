@@ -28,6 +28,7 @@ def print_summary(result: dict[str, Any], folder: Path) -> None:
         "steps": str(result["steps"]),
         "loss of the last step": number(result["loss"], 4),
         "validation perplexity": number(result["val_perplexity"], 2),
+        "perplexity by context": _by_context(result.get("context_perplexity")),
         "tokens per second": number(result["tokens_per_second"], 0),
         "peak memory (GiB)": number(result["peak_memory_gib"], 3) + (f", {where}" if where else ""),
         "written to": str(folder),
@@ -35,6 +36,10 @@ def print_summary(result: dict[str, Any], folder: Path) -> None:
         if value is not None:
             table.add_row(name, value)
     console().print(table)
+
+
+def _by_context(perplexities: dict[str, float] | None) -> str | None:
+    return ", ".join(f"{length}: {number(value, 2)}" for length, value in (perplexities or {}).items()) or None
 
 
 def describe_model(result: dict[str, Any]) -> str:

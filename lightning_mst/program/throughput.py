@@ -1,7 +1,8 @@
-"""Tokens per second of the training steps."""
+"""Tokens per second of the training steps, and seconds of each."""
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -25,6 +26,9 @@ class Throughput(pl.Callback):
     counts over a sliding window, goes to loggers alone and asks for FLOPs; this one number goes to
     ``trainer.callback_metrics`` as well.
 
+    At the end ``trainer.callback_metrics`` has ``seconds_per_step`` as well, of the main process: the median of all
+    optimizer steps but the first, each with the batches that it accumulated; not if there was but one.
+
     Reads the number of tokens from ``batch["input_ids"]``, ``(B, S)``.
     """
 
@@ -33,11 +37,15 @@ class Throughput(pl.Callback):
         self._steps = 0
         self._tokens = 0
         self._seconds = 0.0
+        self._optimizer_steps = 0
+        self._unfinished = 0.0
+        self._of_steps: list[float] = []
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts over."""
         self._steps = 0
+        self._optimizer_steps, self._unfinished, self._of_steps = trainer.global_step, 0.0, []
 
     @override
     def on_train_batch_start(
@@ -66,6 +74,17 @@ class Throughput(pl.Callback):
         # Summed over the devices, each with its own batches or its part of one.
         rate /= trainer.world_size / num_replicas(trainer)
         self.log("tokens_per_second", rate, prog_bar=True, sync_dist=True, reduce_fx="sum")
+        self._unfinished += seconds
+        if trainer.global_step > self._optimizer_steps:  # the optimizer has stepped on what has been accumulated
+            self._of_steps.append(self._unfinished)
+            self._optimizer_steps, self._unfinished = trainer.global_step, 0.0
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Adds the median time of a step to the trainer's metrics: they alone come back from a spawned process."""
+        if len(self._of_steps) > 1:
+            median = statistics.median(self._of_steps[1:])
+            trainer.callback_metrics["seconds_per_step"] = torch.tensor(median, dtype=torch.float64)
 
 
 def _now(trainer: pl.Trainer) -> float:

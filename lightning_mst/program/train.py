@@ -23,6 +23,7 @@ from lightning_mst.causal_lm import CausalLM
 from lightning_mst.data.cache import default_cache_dir
 from lightning_mst.models import check_positions, check_vocabulary, count_parameters
 from lightning_mst.program.allocator import release_freed_memory, unmap_freed_blocks
+from lightning_mst.program.contexts import check_one_device, context_perplexity, read_context_lengths, take_tokens
 from lightning_mst.program.errors import ConfigurationError, configuration_of
 from lightning_mst.program.history import History
 from lightning_mst.program.logs import quiet_lightning, tidy_lightning_output
@@ -35,20 +36,23 @@ from lightning_mst.program.tables import print_summary
 __all__ = ["train"]
 
 
-def train(config: DictConfig) -> dict[str, Any]:
+def train(config: DictConfig, *, also: dict[str, Any] | None = None) -> dict[str, Any]:
     """Train, validate, print a summary, and write ``result.json`` into ``config.output_dir``.
 
     1. Read the data, which decides the vocabulary.
     2. Build trainer and model, the model in the trainer's dtype and on its device; quantize it and add adapters, if
        the configuration says so.
-    3. Fit; then, with ``config.validate``, the perplexity of the held-out text.
+    3. Fit; then, with ``config.validate``, the perplexity of the held-out text, and with ``task.context_lengths`` that
+       against the length of the context.
 
     Args:
         config: As composed from ``conf/config.yaml``.
+        also: What ``result.json`` is to hold besides: which experiment it belongs to, on which device it ran.
 
     Returns:
         What ``result.json`` holds: ``status``, ``loss`` (of the last step), ``losses`` (one per step of this run),
-        ``val_perplexity``, ``val_loss``, ``tokens_per_second``, ``peak_memory_gib`` (the highest of all steps),
+        ``val_perplexity``, ``val_loss``, ``context_perplexity`` (context length -> perplexity), ``tokens_per_second``,
+        ``seconds_per_step`` (median of all but the first), ``peak_memory_gib`` (the highest of all steps),
         ``peak_memory_where`` (in its step: phase, layer and block, in the main process),
         ``steps``, ``sequence_length``, ``batch_size`` (per device), ``parameters``, ``trainable_parameters``,
         ``model``, ``mst`` (its settings), ``mst_name``, ``precision``, ``strategy``, ``devices`` (of all machines),
@@ -71,7 +75,7 @@ def train(config: DictConfig) -> dict[str, Any]:
     if own_process:
         return run_in_own_process(folder)
     with told_once(folder):
-        result = run(config)
+        result = run(config) | (also or {})
     if is_main_process():
         write_result(folder, result)
         if not is_sweep():  # a sweep shows one table of all its runs
@@ -87,6 +91,9 @@ def run(config: DictConfig) -> dict[str, Any]:
     recipe = build_recipe(config)
     history = History()
     trainer = build_trainer(config, history)
+    context_lengths = read_context_lengths(config)
+    if context_lengths:
+        check_one_device(trainer)
 
     with configuration_of("data"):
         datamodule = build(config.data)
@@ -94,6 +101,8 @@ def run(config: DictConfig) -> dict[str, Any]:
         with one_at_a_time(Path(config.data.get("cache_dir") or default_cache_dir())):
             datamodule.prepare_data()
         datamodule.setup("fit")
+    if context_lengths:
+        held_out = take_tokens(datamodule.validation_dataset.tokens, context_lengths, config.task.context_tokens)
     module = build_module(config, trainer, datamodule.vocab_size, recipe)
     # Counted while each process has all weights.
     parameters, trainable = count_parameters(module.model), count_parameters(module.model, trainable=True)
@@ -113,6 +122,7 @@ def run(config: DictConfig) -> dict[str, Any]:
         if config.validate:
             validated = trainer.validate(module, datamodule=datamodule, verbose=False)
             validation = validated[0] if validated else {}  # empty with trainer.limit_val_batches=0
+        contexts = context_perplexity(trainer, module, held_out, context_lengths) if context_lengths else None
 
     losses = history.losses
     return {
@@ -120,7 +130,9 @@ def run(config: DictConfig) -> dict[str, Any]:
         "loss": losses[-1] if losses else None,
         "val_perplexity": validation.get("val_perplexity"),
         "val_loss": validation.get("val_loss"),
+        "context_perplexity": contexts,
         "tokens_per_second": history.tokens_per_second,
+        "seconds_per_step": history.seconds_per_step,
         "peak_memory_gib": history.peak_memory_gib,
         "peak_memory_where": history.peak_memory_where,
         "steps": history.steps,
@@ -264,7 +276,7 @@ def build_module(config: DictConfig, trainer: pl.Trainer, vocab_size: int, recip
         model: nn.Module = build(model_config)
     with configuration_of("data"):
         check_vocabulary(model, vocab_size)
-        check_positions(model, config.data.sequence_length)
+        check_positions(model, max(config.data.sequence_length, *read_context_lengths(config), 0))
     if recipe.quantize is not None:
         with configuration_of("quantization"):
             model = recipe.quantize(model, device=trainer.strategy.root_device)

@@ -51,7 +51,7 @@ def test_the_tokens_of_a_batch_that_two_devices_share_count_once(monkeypatch):
     monkeypatch.setattr(throughput, "log", lambda name, value, **_: logged.update({name: value}), raising=False)
     clock = iter([0.0, 2.0])
     monkeypatch.setattr("lightning_mst.program.throughput._now", lambda trainer: next(clock))
-    trainer = SimpleNamespace(world_size=4, distributed_sampler_kwargs={"num_replicas": 2, "rank": 0})
+    trainer = SimpleNamespace(global_step=1, world_size=4, distributed_sampler_kwargs={"num_replicas": 2, "rank": 0})
 
     throughput.on_train_batch_start(trainer, None, None, 0)
     throughput.on_train_batch_end(trainer, None, None, {"input_ids": torch.zeros(1, 100)}, 0)

@@ -1,6 +1,6 @@
 """Every causal language model of the installed transformers: the same loss and gradients, or a reason why not.
 
-The support table in the README is this file's result: ``make support-table`` writes it there.
+The support table in docs/models.md is this file's result: ``make support-table`` writes it there.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from torch.utils._pytree import tree_leaves
 from lightning_mst import MSTHandle, apply_mst
 from lightning_mst.ops.deferred_logits import DeferredLogitsWarning
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 TABLE = re.compile(r"(?<=<!-- support-table -->\n).*(?=<!-- /support-table -->)", re.DOTALL)
-# The version that the README's table is about; others are tested, and not compared with it.
+# The version that the table is about; others are tested, and not compared with it.
 TABLE_VERSION = "5.23.0"
 
 
@@ -103,7 +103,7 @@ def test_loss_and_gradients_are_the_unmodified_models(family, batch):
     assert mlp == "yes" or note
 
 
-def test_the_readmes_table_is_what_these_tests_found():
+def test_the_support_table_is_what_these_tests_found():
     built = set(RESULTS)
     if transformers.__version__ != TABLE_VERSION or len(built) < 100:
         pytest.skip(f"the table is about all families of transformers {TABLE_VERSION}")
@@ -114,10 +114,10 @@ def test_the_readmes_table_is_what_these_tests_found():
     ]
     counted = f"{len(built)} families of transformers {TABLE_VERSION}, all exact"
     table = f"<details>\n<summary>{counted}</summary>\n\n" + "\n".join(lines) + "\n\n</details>\n"
-    text = README.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     if os.environ.get("WRITE_SUPPORT_TABLE"):
-        README.write_text(TABLE.sub(lambda _: table, text), encoding="utf-8")
+        PAGE.write_text(TABLE.sub(lambda _: table, text), encoding="utf-8")
     else:
         found = TABLE.search(text)
         assert found is not None
-        assert found[0] == table, "make support-table writes the README's table anew"
+        assert found[0] == table, "make support-table writes the table anew"

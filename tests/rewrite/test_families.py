@@ -1,4 +1,4 @@
-"""Every family in the README's support table: the same loss, the same gradients, the same everything else."""
+"""Every family in the support table: the same loss, the same gradients, the same everything else."""
 
 from __future__ import annotations
 

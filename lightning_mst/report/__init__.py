@@ -1,0 +1,1 @@
+"""``lightning-mst report``: the results of experiments and sweeps in one table and one picture."""
