@@ -4,8 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= outputs
 
-.PHONY: train test test-oldest support-table paper-table lint format docs docs-links pages page-outputs benchmark gpu \
-	experiments clean help
+.PHONY: train test test-oldest support-table paper-table lint format docs docs-links pages page-outputs benchmark \
+	experiments gpu clean help
 
 help:            ## show the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -71,6 +71,19 @@ $(VENV)/peers: $(VENV)/installed
 benchmark: $(VENV)/peers  ## time, bytes, matmuls and errors of our blocks beside the unmodified and other projects'
 	$(BIN)/python -m benchmarks.run
 	$(BIN)/python -m benchmarks.tables
+
+# The paper's sizes as predictions: those of the tasks that only ask about memory.
+SMOKE := $(basename $(notdir $(wildcard conf/experiment/smoke/*.yaml)))
+PREDICTED := max_length max_length_accumulation max_length_quantized breakdown lm_head mlp
+EXPERIMENT := $(BIN)/lightning-mst train -m experiment
+
+experiments: $(VENV)/installed  ## run the paper's experiments in small, predict the real sizes, and write docs/experiments
+	rm -rf $(OUT)/smoke $(OUT)/paper
+	for name in $(SMOKE); do $(EXPERIMENT)=smoke/$$name hydra.sweep.dir=$(OUT)/smoke/$$name || exit 1; done
+	for name in $(PREDICTED); do $(EXPERIMENT)=paper/$$name task.how=predicted hydra.sweep.dir=$(OUT)/paper/$$name \
+		|| exit 1; done
+	$(BIN)/lightning-mst report $(OUT)/smoke --output docs/experiments/smoke --title "The experiments in small"
+	$(BIN)/lightning-mst report $(OUT)/paper --output docs/experiments/paper --title "The paper's sizes, predicted"
 
 gpu: $(VENV)/peers  ## on a GPU: the tests that need one, the benchmarks, and the paper's experiments
 	$(BIN)/python -m benchmarks.gpu

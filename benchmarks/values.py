@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from functools import cache
@@ -18,7 +19,7 @@ _RESULTS = ROOT / "benchmarks" / "results"
 @cache
 def values() -> dict[str, str]:
     """Name -> the number as the pages show it, with its unit."""
-    return {**_of_comparison(), **_of_plan(), **_of_memory(), **_of_paper(), **_of_support_table(), **_of_code()}
+    return {**_of_comparison(), **_of_plan(), **_of_memory(), **_of_paper(), **_of_support_table(), **_of_experiments(), **_of_code()}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -71,6 +72,16 @@ def _of_support_table() -> dict[str, str]:
     found = re.search(r"(\d+ families) of transformers", (ROOT / "docs" / "models.md").read_text(encoding="utf-8"))
     assert found is not None
     return {"families": found[1]}
+
+
+def _of_experiments() -> dict[str, str]:
+    """The experiments in small: ``make experiments``."""
+    with (ROOT / "docs" / "experiments" / "smoke" / "report.csv").open(encoding="utf-8") as file:
+        row = next(row for row in csv.DictReader(file) if row["experiment"] == "smoke/convergence" and row["difference"])
+    return {
+        "convergence_steps": f"{int(row['steps'])} steps",
+        "convergence_difference": f"{float(row['difference']):.1e}",
+    }
 
 
 def _of_code() -> dict[str, str]:

@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks.pages import filled, missing_tests, numbers_without_a_source, pages
 from benchmarks.tables import README, ROOT, markdown, result_file, sections
+from benchmarks.values import values
 
 TEXT = README.read_text(encoding="utf-8")
 PROGRAM = (ROOT / "docs" / "program.md").read_text(encoding="utf-8")
@@ -78,6 +79,11 @@ def test_every_message_of_the_troubleshooting_page_is_in_the_source(message):
     parts = [part for part in re.sub(r"\s+", " ", message).strip().split("...") if len(part.strip()) > 3]
     assert parts
     assert any(all(part.strip() in text for part in parts) for text in _texts_of_the_source())
+
+
+def test_the_recorded_loss_curves_with_and_without_mini_sequences_are_within_1e_4():
+    assert float(values()["convergence_difference"]) < 1e-4
+    assert int(values()["convergence_steps"].split()[0]) >= 300
 
 
 @cache

@@ -10,8 +10,7 @@ import torch
 from lightning_mst.experiments.fitting import release
 from lightning_mst.experiments.subject import Subject
 from lightning_mst.memory.prediction import vocab_size_of
-from lightning_mst.program.plan_measure import real_model
-from lightning_mst.program.plan_measure import take_step
+from lightning_mst.program.plan_measure import real_model, take_step
 from lightning_mst.rewrite.handle import apply_mst
 
 __all__ = ["seconds_per_step"]

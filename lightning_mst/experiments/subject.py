@@ -32,8 +32,8 @@ class Subject:
         mst: The form of the model.
         how: Whether real steps are measured, or steps on fake tensors predicted.
         device: Where real steps run.
-        labels: What a result says of the run: ``model``, ``layers``, ``shrink``, ``mst_name``, ``mst``, ``precision``, ``optimizer``,
-            ``quantization``, ``adapter`` and ``accumulate_grad_batches``.
+        labels: What a result says of the run: ``model``, ``layers``, ``shrink``, ``mst_name``, ``mst``, ``precision``,
+            ``optimizer``, ``quantization``, ``adapter`` and ``accumulate_grad_batches``.
     """
 
     run: Run

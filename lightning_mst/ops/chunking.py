@@ -92,8 +92,8 @@ class BlockCost:
 
     Attributes:
         per_token: bytes that the whole block keeps inside for the backward pass of each token.
-        per_split: bytes that splitting adds, however many chunks: each weight's gradient is summed up in fp32 beside
-            the gradient of one chunk.
+        per_split: bytes that splitting adds, however many chunks: the weights' gradients are summed up in fp32, beside
+            one weight's gradient of one chunk.
     """
 
     per_token: int

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 class GradientSums:
@@ -22,20 +25,41 @@ class GradientSums:
         # Autograd may hand out one tensor for two weights, or a view of the incoming gradient: not ours to add to.
         self._taken = {t.untyped_storage()._cdata for t in taken}
 
-    def add(self, grads: Sequence[Tensor | None]) -> None:
-        """Adds one chunk's gradients, one per weight; ``None`` for none."""
-        for index, grad in enumerate(grads):
-            total = self._sums[index]
-            if grad is None:
-                continue
-            if total is not None:
-                total.add_(grad)
-                continue
+    def differentiate(
+        self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], output_grads: Sequence[Tensor]
+    ) -> tuple[Tensor | None, ...]:
+        """Differentiates one chunk: adds the weights' gradients to the sums, and returns those of ``inputs``.
+
+        A weight's gradient is added and freed as soon as it is there, so that those of several weights never exist
+        together. The weights' own hooks sleep meanwhile: they are for the whole gradient, which comes once.
+
+        Args:
+            outputs: what the chunk gave.
+            inputs: the chunk's inputs that need a gradient.
+            output_grads: one for each of ``outputs``.
+
+        Returns:
+            One for each of ``inputs``, ``None`` where there is none.
+        """
+        with ExitStack() as stack:
+            for index, weight in enumerate(self._weights):
+                stack.enter_context(_only_hook(weight, partial(self._add, index)))
+            grads = torch.autograd.grad(outputs, [*inputs, *self._weights], output_grads, allow_unused=True)
+        return grads[: len(inputs)]
+
+    def _add(self, index: int, grad: Tensor) -> Tensor | None:
+        """Adds one chunk's gradient of a weight; as a hook, answers with what autograd keeps until all are there."""
+        total = self._sums[index]
+        if total is not None:
+            total.add_(grad)
+        else:
             total = grad.float() if self._wide[index] else grad
             if total.untyped_storage()._cdata in self._taken or total._is_view():
                 total = total.clone(memory_format=torch.contiguous_format)
             self._taken.add(total.untyped_storage()._cdata)
             self._sums[index] = total
+        # Nobody reads it: right in shape, without memory. Wrapped tensors, such as DTensors, have no such thing.
+        return None if is_traceable_wrapper_subclass(grad) else grad.new_empty(()).expand(grad.shape)
 
     def take(self) -> list[Tensor | None]:
         """The sums in the weights' dtypes, ``None`` where no chunk had a gradient; leaves nothing behind."""
@@ -45,6 +69,23 @@ class GradientSums:
             total, self._sums[index] = self._sums[index], None
             result.append(None if total is None else total.to(weight.dtype))
         return result
+
+
+@contextmanager
+def _only_hook(weight: Tensor, hook: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """Lets ``hook`` see a weight's gradient while the body runs, and none of the weight's own hooks."""
+    handle = weight.register_hook(hook)
+    # torch has no way to switch hooks off, and looks at this dictionary whenever a gradient comes.
+    hooks = weight._backward_hooks
+    assert hooks is not None
+    asleep = {key: other for key, other in hooks.items() if key != handle.id}
+    for key in asleep:
+        del hooks[key]
+    try:
+        yield
+    finally:
+        handle.remove()
+        hooks.update(asleep)
 
 
 def check_graph(outputs: Iterable[Tensor], known: Iterable[Tensor], where_to_name: str) -> None:

@@ -156,11 +156,9 @@ class ModuleChunks:
         del self._logits, self._rows
         if not logits.requires_grad:
             return None
-        wanted = [*([rows] if self._need_hidden else []), *self._trained]
         with self._autocast.restored():
-            grads = torch.autograd.grad(logits, wanted, grad, allow_unused=True)
-        self._sums.add(grads[len(wanted) - len(self._trained) :])
-        return grads[0] if self._need_hidden else None
+            grads = self._sums.differentiate([logits], [rows] if self._need_hidden else [], [grad])
+        return grads[0] if grads else None
 
     def parameter_grads(self) -> list[Tensor | None]:
         """One for each of the head's parameters, ``None`` for one that needs none or was not used."""

@@ -187,7 +187,7 @@ class _Run:
         rng = self.rng.replayed() if self.rng is not None else nullcontext()
         with rng, self.autocast.restored():
             for start, stop in walk(self.bounds):
-                self._differentiate(start, stop, flat, flat_grads, need_inputs, trained, input_grads, sums)
+                self._differentiate(start, stop, flat, flat_grads, need_inputs, input_grads, sums)
         of_trained = iter(sums.take())
         shaped = [g if g is None else g.view(t.shape) for g, t in zip(input_grads, inputs, strict=True)]
         return shaped, [next(of_trained) if need else None for need in need_weights]
@@ -199,7 +199,6 @@ class _Run:
         flat: list[Tensor],
         flat_grads: list[Tensor],
         need_inputs: Sequence[bool],
-        trained: list[Tensor],
         input_grads: list[Tensor | None],
         sums: GradientSums,
     ) -> None:
@@ -214,20 +213,16 @@ class _Run:
         if not pairs:
             return
         leaves = [index for index, need in enumerate(need_inputs) if need]
-        grads = torch.autograd.grad(
-            [y for y, _ in pairs],
-            [*(parts[index] for index in leaves), *trained],
-            [g.to(y.dtype) for y, g in pairs],
-            allow_unused=True,
+        grads = sums.differentiate(
+            [y for y, _ in pairs], [parts[index] for index in leaves], [g.to(y.dtype) for y, g in pairs]
         )
-        for index, grad in zip(leaves, grads, strict=False):
+        for index, grad in zip(leaves, grads, strict=True):
             if grad is not None:
                 whole = input_grads[index]
                 if whole is None:
                     whole = torch.zeros_like(flat[index], memory_format=torch.contiguous_format)
                     input_grads[index] = whole
                 whole[start:stop] = grad.reshape(stop - start, *whole.shape[1:])
-        sums.add(grads[len(leaves) :])
 
     def _with_graph(self, parts: list[Tensor]) -> tuple[Tensor, ...]:
         with torch.enable_grad():

@@ -35,7 +35,7 @@ def mlp_cost(mlp: nn.Module, width: int) -> BlockCost | None:
             twin(x)
     except Exception:  # whatever a stranger's forward raises without values: the number of tokens decides alone then
         return None
-    return BlockCost(kept.size // _TOKENS, sums_of(mlp.parameters()))
+    return BlockCost(kept.size // _TOKENS, _split_of(list(mlp.parameters())))
 
 
 def head_cost(parameters: Iterable[Tensor], vocab_size: int, dtype: torch.dtype) -> BlockCost:
@@ -54,6 +54,12 @@ def head_cost(parameters: Iterable[Tensor], vocab_size: int, dtype: torch.dtype)
 def sums_of(parameters: Iterable[Tensor]) -> int:
     """Bytes of the fp32 sums (fp64 ones for fp64) of the trained weights' gradients."""
     return sum(true_shape(p).numel() * max(4, p.element_size()) for p in parameters if p.requires_grad)
+
+
+def _split_of(parameters: list[nn.Parameter]) -> int:
+    """Bytes beyond the trained weights' gradients: of their sums, and of one chunk's gradient of one weight."""
+    own = [true_shape(p).numel() * p.element_size() for p in parameters if p.requires_grad]
+    return sums_of(parameters) + max(own, default=0) - sum(own)
 
 
 class _Kept:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -421,6 +422,35 @@ def test_a_hook_after_accumulation_fires_as_often_as_without_mini_sequences(uses
     assert [len(calls) for calls in seen] == [len(calls) for calls in expected] == [2, 2, 2]
     for calls, expected_calls in zip(seen, expected, strict=True):
         assert_close(calls, expected_calls, 1e-10)
+
+
+def test_a_hook_on_a_weight_sees_its_whole_gradient_once_and_may_change_it() -> None:
+    plain, mini = twins()
+    for block in (plain, mini):
+        block.seen = []
+
+    def doubled(block: nn.Module, grad: Tensor) -> Tensor:
+        block.seen.append(grad)
+        return 2 * grad
+
+    for block in (plain, mini):
+        for parameter in block.parameters():
+            parameter.register_hook(partial(doubled, block))
+    x = input_of((2, 7, D))
+    plain(x).square().sum().backward()
+    token_wise(mini, x, num_chunks=4).square().sum().backward()
+    assert len(mini.seen) == len(plain.seen) == 3
+    assert_close([p.grad for p in mini.parameters()], [p.grad for p in plain.parameters()], 1e-10)
+
+
+def test_chunks_add_up_one_weights_gradient_at_a_time() -> None:
+    mlp = GatedMLP(d=64, inner=256)
+    x = torch.randn(1, 8, 64, requires_grad=True)
+    with TensorBytes([x, *mlp.parameters()]) as tracker:
+        token_wise(mlp, x, num_chunks=2).sum().backward()
+    weight = mlp.down.weight.nbytes
+    # Beside the sums of all three: one more, but not the three of a chunk. What few tokens take is far below one.
+    assert 4 * weight <= tracker.peak < 4.7 * weight
 
 
 def test_an_optimizer_in_the_backward_pass_steps_on_whole_gradients() -> None:
