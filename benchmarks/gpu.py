@@ -2,6 +2,7 @@
 
 Every part is a program of its own and is stopped after ten minutes; the others go on. Results of the benchmarks go to
 ``benchmarks/results``, the experiments' and what each part took to ``--output``, with one report of all of them.
+``paper/long_context`` is no part: it needs documents, and hours.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ _RESULTS = ROOT / "benchmarks" / "results"
 @cache
 def values() -> dict[str, str]:
     """Name -> the number as the pages show it, with its unit."""
-    return {**_of_comparison(), **_of_plan(), **_of_memory(), **_of_paper(), **_of_support_table(), **_of_experiments(), **_of_code()}
+    sources = _of_comparison, _of_plan, _of_memory, _of_paper, _of_support_table, _of_experiments, _of_code
+    return {name: value for source in sources for name, value in source().items()}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -77,7 +78,8 @@ def _of_support_table() -> dict[str, str]:
 def _of_experiments() -> dict[str, str]:
     """The experiments in small: ``make experiments``."""
     with (ROOT / "docs" / "experiments" / "smoke" / "report.csv").open(encoding="utf-8") as file:
-        row = next(row for row in csv.DictReader(file) if row["experiment"] == "smoke/convergence" and row["difference"])
+        convergence = (row for row in csv.DictReader(file) if row["experiment"] == "smoke/convergence")
+        row = next(row for row in convergence if row["difference"])
     return {
         "convergence_steps": f"{int(row['steps'])} steps",
         "convergence_difference": f"{float(row['difference']):.1e}",

@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import measure
+from benchmarks import gpu, measure
 from benchmarks.contest import UNMODIFIED, Contest, hold
 from benchmarks.matmuls import Matmuls
-from benchmarks.run import main
+from benchmarks.run import SECTIONS, main
 from benchmarks.tables import markdown
+from lightning_mst.configurations import conf_dir
 
 TOKENS = 2048
 ERRORS = {
@@ -130,3 +131,22 @@ def test_a_product_is_counted_once_however_it_is_written():
         torch.nn.functional.linear(a, b.t())
         torch.bmm(a[None], b[None])
     assert counted.multiply_adds == 6 * 2 * 3 * 5
+
+
+def test_every_part_of_the_gpu_run_asks_for_what_there_is():
+    commands = gpu.parts(Path("outputs"))
+    assert {"tests", "planner", "timeline", "throughput-auto", "max-length-gemma2_9b-off-recompute"} < set(commands)
+    for name, (_, module, *arguments) in commands.items():
+        if module == "benchmarks.run":
+            assert set(arguments) <= set(SECTIONS), name
+        for key, _, values in (argument.partition("=") for argument in arguments if module == "lightning_mst"):
+            if key in ("experiment", "model", "mst", "precision"):
+                for value in values.split(","):
+                    assert (conf_dir() / key / f"{value}.yaml").is_file(), (name, value)
+
+
+def test_a_part_that_fails_or_takes_too_long_is_told_and_not_the_end(monkeypatch):
+    monkeypatch.setattr(gpu, "LIMIT", 0.5)
+    commands = {"good": "pass", "bad": "raise SystemExit(3)", "slow": "import time; time.sleep(9)"}
+    ended = {name: gpu.run(name, ["-S", "-c", code])["ended"] for name, code in commands.items()}
+    assert ended == {"good": "well", "bad": "failed with exit code 3", "slow": "stopped after 0.5 s"}

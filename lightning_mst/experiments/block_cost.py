@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import gc
 import statistics
-import time
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lightning_mst.experiments.fitting import release
 from lightning_mst.experiments.one_block import Block
+from lightning_mst.experiments.step_time import now
 from lightning_mst.memory.known_values import KnownValues
 from lightning_mst.memory.tensor_bytes import TensorBytes
 from lightning_mst.ops.rehearsal import rehearsal
@@ -51,7 +51,7 @@ def peak_bytes(block: Block, hidden: Tensor, labels: Tensor) -> int | None:
             raise
         return None
     finally:
-        _release(device)
+        release(device)
 
 
 def median_seconds(
@@ -74,11 +74,11 @@ def median_seconds(
             block.set_chunks(num_chunks)
             if hidden.is_cuda:
                 # The allocator's cache holds what suited another form: what it takes to change that is no part.
-                _release(hidden.device)
+                release(hidden.device)
                 block.step(hidden, labels)
-            start = _now(hidden.device)
+            start = now(hidden.device)
             block.step(hidden, labels)
-            seconds[num_chunks].append(_now(hidden.device) - start)
+            seconds[num_chunks].append(now(hidden.device) - start)
     return {num_chunks: statistics.median(values) for num_chunks, values in seconds.items()}
 
 
@@ -90,17 +90,3 @@ def _tracked_bytes(block: Block, hidden: Tensor, labels: Tensor) -> int:
         block.step(hidden, labels)
     held.freeze()
     return held.peak
-
-
-def _now(device: torch.device) -> float:
-    """Seconds on a clock, once the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def _release(device: torch.device) -> None:
-    """Gives a GPU's memory back to its driver, for the next form to begin as this one did."""
-    if device.type == "cuda":
-        gc.collect()
-        torch.cuda.empty_cache()

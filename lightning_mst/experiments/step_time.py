@@ -13,7 +13,7 @@ from lightning_mst.memory.prediction import vocab_size_of
 from lightning_mst.program.plan_measure import real_model, take_step
 from lightning_mst.rewrite.handle import apply_mst
 
-__all__ = ["seconds_per_step"]
+__all__ = ["now", "seconds_per_step"]
 
 
 def seconds_per_step(
@@ -41,15 +41,15 @@ def seconds_per_step(
     batch = {"input_ids": tokens, "labels": tokens}
     seconds = []
     for _ in range(warmup_steps + timed_steps):
-        start = _now(device)
+        start = now(device)
         take_step(model, optimizer, batch, step, accumulates=False)
-        seconds.append(_now(device) - start)
+        seconds.append(now(device) - start)
     del model, optimizer, batch, tokens
     release(device)
     return statistics.median(seconds[warmup_steps:])
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
     """Seconds on a clock, once the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
