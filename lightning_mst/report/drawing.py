@@ -111,7 +111,7 @@ def draw_bars(
                 top = max(height, mark or 0.0) + 0.025 * highest if near else height
                 axes.annotate(
                     form(height), (x, top), xytext=(0, 2), textcoords="offset points", ha="center", va="bottom",
-                    fontsize=7.5 if len(rows) < 16 else 6.5, color=INK, zorder=3,
+                    fontsize=7.5 if len(rows) < 16 else 5.8, color=INK, zorder=3,
                     bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
                 )  # fmt: skip
             x += 1.0

@@ -125,16 +125,17 @@ def read_run(folder: Path, name: str) -> Run:
     meant = {key: choices.get(group) for key, group in _CHOICES.items() if choices.get(group) != "none"}
     # A run may have failed just because a value led nowhere.
     meant |= {key: OmegaConf.select(config, path, throw_on_resolution_failure=False) for key, path in _VALUES.items()}
-    if meant["shrink"] == 1:  # the real size goes without saying
-        meant["shrink"] = None
     overrides = folder / ".hydra" / "overrides.yaml"
     # Hydra leaves this file in the folder of a sweep, wherever that has been moved to since.
     sweep = next((parent for parent in folder.resolve().parents if (parent / "multirun.yaml").is_file()), None)
     number = hydra.get("job", {}).get("num")
+    result = {key: value for key, value in meant.items() if value is not None} | _result(folder)
+    if result.get("shrink") == 1:  # the real size goes without saying
+        del result["shrink"]
     return Run(
         folder=folder,
         name=name,
-        result={key: value for key, value in meant.items() if value is not None} | _result(folder),
+        result=result,
         overrides=read_overrides(overrides) if overrides.is_file() else {},
         sweep=sweep,
         order=number if isinstance(number, int) else 0,
