@@ -33,7 +33,7 @@ def test_an_unknown_command_is_named_and_exits_with_2(capsys):
 
     assert exit_info.value.code == 2
     assert capsys.readouterr().err == (
-        "lightning-mst: unknown command 'trian'; there are train, compare and plan (see --help)\n"
+        "lightning-mst: unknown command 'trian'; there are train, compare, plan and report (see --help)\n"
     )
 
 
