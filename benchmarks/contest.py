@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -74,7 +75,7 @@ def hold(contest: Contest, *, budget: float, runs: int) -> tuple[list[dict[str, 
     done = []
     for name, row in rows.items():
         own = times.get(name)
-        timed = {"seconds": measure.median(own) if own else None, "runs": len(own) if own else 0}
+        timed = {"seconds": statistics.median(own) if own else None, "runs": len(own) if own else 0}
         done.append({"block": contest.block, "length": contest.length, "kind": name, **timed, **row})
         print(describe(done[-1]), flush=True)
     for entry in skipped:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import math
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -66,10 +65,6 @@ def seconds(steps: dict[str, Step], leaves: Sequence[Tensor], *, budget: float, 
         if not times or time.perf_counter() - begin > budget:
             break
     return times
-
-
-def median(times: list[float]) -> float:
-    return statistics.median(times)
 
 
 def cost(step: Step, leaves: Sequence[Tensor]) -> tuple[Cost, Tensor | None]:

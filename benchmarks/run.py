@@ -23,7 +23,7 @@ from benchmarks import heads, losses, mlps, steps
 from benchmarks.contest import Contest, hold
 from benchmarks.sizes import Sizes, default_lengths, default_sizes
 from benchmarks.tables import RESULTS, markdown
-from lightning_mst.experiments.environment import environment
+from lightning_mst.program.environment import environment
 
 SECTIONS: dict[str, Callable[[Sizes, int, torch.dtype, torch.device], list[Contest]]] = {
     "head": heads.contest,

@@ -9,10 +9,9 @@ from typing import Any
 from omegaconf import DictConfig
 
 from lightning_mst.configurations import names_of
-from lightning_mst.experiments.environment import environment
 from lightning_mst.program.errors import ConfigurationError
 from lightning_mst.program.results import remove_result, write_result
-from lightning_mst.program.train import check_config, choice, train
+from lightning_mst.program.train import check_config, labels, train
 
 __all__ = ["run_task"]
 
@@ -25,25 +24,21 @@ def run_task(config: DictConfig) -> dict[str, Any]:
             one whose ``run(config)`` answers with a dictionary of results.
 
     Returns:
-        What ``result.json`` holds: the task's results, ``status``, ``task``, ``experiment`` (the name of its file,
-        such as ``"smoke/lm_head"``, or None), and ``device``, ``versions`` and ``date``.
+        What ``result.json`` holds: the task's results, ``status``, and what ``labels`` says of
+        every run (see ``program/train.py``).
 
     Raises:
         ConfigurationError: A value is missing, unknown or does not go with another one.
     """
     name = config.task.name
-    common = {"task": name, "experiment": choice("experiment"), **environment()}
     if name == "train":
-        return train(config, also=common)
+        return train(config)
     if name not in names_of("task"):
         raise ConfigurationError(f"task.name: There is no task {name!r}; there are {', '.join(names_of('task'))}")
     folder = Path(config.output_dir)
     remove_result(folder)
     check_config(config)
-    result = {
-        "status": "completed",
-        **common,
-        **importlib.import_module(f"lightning_mst.experiments.{name}").run(config),
-    }
+    done = importlib.import_module(f"lightning_mst.experiments.{name}").run(config)
+    result = {"status": "completed", **labels(config), **done}
     write_result(folder, result)
     return result

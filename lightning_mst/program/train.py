@@ -24,6 +24,7 @@ from lightning_mst.data.cache import default_cache_dir
 from lightning_mst.models import check_positions, check_vocabulary, count_parameters
 from lightning_mst.program.allocator import release_freed_memory, unmap_freed_blocks
 from lightning_mst.program.contexts import check_one_device, context_perplexity, read_context_lengths, take_tokens
+from lightning_mst.program.environment import environment
 from lightning_mst.program.errors import ConfigurationError, configuration_of
 from lightning_mst.program.history import History
 from lightning_mst.program.logs import quiet_lightning, tidy_lightning_output
@@ -33,10 +34,10 @@ from lightning_mst.program.results import remove_result, write_result
 from lightning_mst.program.strategy import build_strategy, check_strategy, strategy_name
 from lightning_mst.program.tables import print_summary
 
-__all__ = ["train"]
+__all__ = ["labels", "train"]
 
 
-def train(config: DictConfig, *, also: dict[str, Any] | None = None) -> dict[str, Any]:
+def train(config: DictConfig) -> dict[str, Any]:
     """Train, validate, print a summary, and write ``result.json`` into ``config.output_dir``.
 
     1. Read the data, which decides the vocabulary.
@@ -47,7 +48,6 @@ def train(config: DictConfig, *, also: dict[str, Any] | None = None) -> dict[str
 
     Args:
         config: As composed from ``conf/config.yaml``.
-        also: What ``result.json`` is to hold besides: which experiment it belongs to, on which device it ran.
 
     Returns:
         What ``result.json`` holds: ``status``, ``loss`` (of the last step), ``losses`` (one per step of this run),
@@ -56,9 +56,9 @@ def train(config: DictConfig, *, also: dict[str, Any] | None = None) -> dict[str
         ``peak_memory_where`` (in its step: phase, layer and block, in the main process),
         ``steps``, ``sequence_length``, ``batch_size`` (per device), ``parameters``, ``trainable_parameters``,
         ``model``, ``mst`` (its settings), ``mst_name``, ``precision``, ``strategy``, ``devices`` (of all machines),
-        ``quantization``, ``adapter`` and ``seed``. Losses, perplexity and speed are those of all devices together,
-        the peak is that of the fullest. What was not measured is None. A run that fails leaves ``status``
-        (``"failed"``), ``error`` and the ``rank`` it happened to.
+        ``quantization``, ``adapter``, ``seed`` and what ``labels`` says. Losses, perplexity and speed are those of
+        all devices together, the peak is that of the fullest. What was not measured is None. A run that fails leaves
+        ``status`` (``"failed"``), ``error`` and the ``rank`` it happened to.
 
     Raises:
         ConfigurationError: A value is missing, unknown or does not go with another one.
@@ -75,12 +75,27 @@ def train(config: DictConfig, *, also: dict[str, Any] | None = None) -> dict[str
     if own_process:
         return run_in_own_process(folder)
     with told_once(folder):
-        result = run(config) | (also or {})
+        result = run(config) | labels(config)
     if is_main_process():
         write_result(folder, result)
         if not is_sweep():  # a sweep shows one table of all its runs
             print_summary(result, folder)
     return result
+
+
+def labels(config: DictConfig) -> dict[str, Any]:
+    """What every result says of its run: which task of which experiment, and where, with what and when.
+
+    For when the work is done: asking a GPU for its name wakes it up in this process, before others can be forked.
+
+    Args:
+        config: As composed from ``conf/config.yaml``.
+
+    Returns:
+        ``task``, ``experiment`` (the name of its file, such as ``"smoke/lm_head"``, or None), ``device``, ``versions``
+        and ``date``.
+    """
+    return {"task": config.task.name, "experiment": choice("experiment"), **environment()}
 
 
 def run(config: DictConfig) -> dict[str, Any]:
