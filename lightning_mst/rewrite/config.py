@@ -22,6 +22,14 @@ class MSTConfig:
         checkpoint_layers: which decoder layers recompute their activations in the backward pass: ``"all"``, ``"none"``
             (leave the model's own setting as it is), a whole number n for every n-th layer, a list of layer indices,
             or ``"auto"`` for as few as the device's memory allows.
+        layer_chunks: the same as ``mlp_chunks`` for the other token-wise parts of each decoder layer: its norms, the
+            projections around attention and the rotary embedding. ``None`` leaves them as they are.
+        checkpoint_offload: what checkpointed layers keep in the host's memory: ``None`` (nothing), ``"inputs"`` (each
+            layer's input, from the end of its forward pass until shortly before its backward pass), or
+            ``"inputs+attention"`` (also the attention's output and log-sum-exp, so that attention is not recomputed).
+        offload_fraction: for ``checkpoint_offload="inputs+attention"``: the fraction of the tokens whose queries, keys,
+            values and attention projections are moved to the host as well instead of being recomputed, from 0 to 1, or
+            ``"auto"`` for as many as can be copied behind the computation and fit into the host's memory.
         mlp_modules: name patterns (``"*.mlp"``, as in ``fnmatch``) that say which modules are MLPs, instead of
             discovery.
         lm_head_module: a name pattern that says which modules are LM heads, instead of discovery.
@@ -38,6 +46,9 @@ class MSTConfig:
     mlp_chunks: Chunks = "auto"
     lm_head_chunks: Chunks = "auto"
     checkpoint_layers: Literal["all", "none", "auto"] | int | Sequence[int] = "all"
+    layer_chunks: Chunks = None
+    checkpoint_offload: Literal["inputs", "inputs+attention"] | None = None
+    offload_fraction: float | Literal["auto"] = 0.0
     mlp_modules: str | Sequence[str] | None = None
     lm_head_module: str | None = None
     device_memory: str | int | None = None
@@ -48,7 +59,9 @@ class MSTConfig:
         """Checks every field."""
         check_chunks("mlp_chunks", self.mlp_chunks)
         check_chunks("lm_head_chunks", self.lm_head_chunks)
+        check_chunks("layer_chunks", self.layer_chunks)
         _check_checkpoint_layers(self.checkpoint_layers)
+        self._check_offload()
         self._check_sizes()
         for name in ("mlp_modules", "lm_head_module"):
             _check_patterns(name, getattr(self, name))
@@ -78,6 +91,27 @@ class MSTConfig:
         given = {"device_memory": device_memory, "sequence_length": sequence_length, "batch_size": batch_size}
         return cls(checkpoint_layers="auto", **given, **options)  # type: ignore[arg-type]
 
+    def _check_offload(self) -> None:
+        if self.checkpoint_offload not in (None, "inputs", "inputs+attention"):
+            raise ValueError(
+                f"checkpoint_offload={self.checkpoint_offload!r} is not known. Expected None, 'inputs' or "
+                "'inputs+attention'."
+            )
+        if self.checkpoint_offload is not None and self.checkpoint_layers == "none":
+            raise ValueError(
+                f"checkpoint_offload={self.checkpoint_offload!r} moves what checkpointed layers keep, but "
+                "checkpoint_layers='none' checkpoints none. Drop one of the two."
+            )
+        fraction = self.offload_fraction
+        is_number = isinstance(fraction, (int, float)) and not isinstance(fraction, bool)
+        if fraction != "auto" and not (is_number and 0 <= fraction <= 1):
+            raise ValueError(f"offload_fraction={fraction!r} is not a fraction. Expected 0 to 1, or 'auto'.")
+        if fraction != 0 and self.checkpoint_offload != "inputs+attention":
+            raise ValueError(
+                f"offload_fraction={fraction!r} needs checkpoint_offload='inputs+attention'; got "
+                f"{self.checkpoint_offload!r}."
+            )
+
     def _check_sizes(self) -> None:
         for name, least in (("sequence_length", 2), ("batch_size", 1)):
             value = getattr(self, name)
@@ -96,7 +130,8 @@ class MSTConfig:
     @property
     def asks_for_nothing(self) -> bool:
         """Whether everything is off, as for a baseline."""
-        return self.mlp_chunks is None and self.lm_head_chunks is None and self.checkpoint_layers == "none"
+        chunks = (self.mlp_chunks, self.lm_head_chunks, self.layer_chunks)
+        return all(setting is None for setting in chunks) and self.checkpoint_layers == "none"
 
     @property
     def mlp_patterns(self) -> list[str] | None:
