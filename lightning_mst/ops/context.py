@@ -90,7 +90,8 @@ class RNGState:
         self._cpu = torch.get_rng_state()
         self._ids, self._states = get_device_states(torch.empty(0, device=device))
 
-    def _set(self) -> None:
+    def restore(self) -> None:
+        """Puts the generators into this state."""
         torch.set_rng_state(self._cpu)
         if self._ids:
             set_device_states(self._ids, self._states, device_type=self._device.type)
@@ -104,8 +105,8 @@ class RNGState:
     def replayed(self) -> Iterator[None]:
         """Runs the body with the random numbers that followed this state, then puts the generators back."""
         current = RNGState(self._device)
-        self._set()
+        self.restore()
         try:
             yield
         finally:
-            current._set()
+            current.restore()

@@ -44,7 +44,7 @@ class FindLastLinear(TorchFunctionMode):
         result = func(*args, **kwargs)
         if func is F.linear:
             self._calls += 1
-            self._last = result if _is_plain(*args[:2]) else None
+            self._last = result if is_plain(*args[:2]) else None
         return result
 
     def index(self, output: object) -> int | None:
@@ -71,37 +71,71 @@ class SkipLastLinear(TorchFunctionMode):
         if func is F.linear:
             self._calls += 1
             if self._calls - 1 == self._index:
-                self.skipped = _linear_without_value(*args, **(kwargs or {}))
+                self.skipped = linear_without_value(*args, **(kwargs or {}))
                 return self.skipped
         return func(*args, **(kwargs or {}))
 
 
-def _is_plain(input: Tensor, weight: Tensor) -> bool:
-    # Quantized, sharded and other wrapped tensors have matmuls of their own.
+def is_plain(input: Tensor, weight: Tensor) -> bool:
+    """Whether a linear layer's tensors are plain: quantized, sharded and other wrapped ones have their own matmuls."""
     return not (is_traceable_wrapper_subclass(input) or is_traceable_wrapper_subclass(weight))
 
 
-def _linear_without_value(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear_without_value(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear`` with a gradient but no value: right in shape and dtype, and nobody may read it."""
+    # Without memory, too.
+    return _linear_of(lambda like: like.new_empty(()).expand(_result_shape(like, weight)), input, weight, bias)
+
+
+def linear_of_value(value: Tensor | None, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear`` whose value is known, or not read.
+
+    Args:
+        value: (..., D_out), the result; ``None`` where it is only written to.
+        input: (..., D).
+        weight: (D_out, D).
+        bias: (D_out).
+
+    Returns:
+        A copy of ``value``, with the gradients of a linear layer.
+    """
+
+    def answer(like: Tensor) -> Tensor:
+        # Memory of its own, as some layers go on in place.
+        return like.new_empty(_result_shape(like, weight)) if value is None else value.to(like.dtype, copy=True)
+
+    return _linear_of(answer, input, weight, bias)
+
+
+def _result_shape(input: Tensor, weight: Tensor) -> tuple[int, ...]:
+    return (*input.shape[:-1], weight.shape[0])
+
+
+def _linear_of(answer: Callable[[Tensor], Tensor], input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     autocast = AutocastState.now(input.device)
-    return _LinearWithoutValue.apply(
-        autocast.cast(input), autocast.cast(weight), None if bias is None else autocast.cast(bias)
+    return _LinearOfValue.apply(
+        answer, autocast.cast(input), autocast.cast(weight), None if bias is None else autocast.cast(bias)
     )
 
 
-class _LinearWithoutValue(torch.autograd.Function):
+class _LinearOfValue(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(input, weight)
-        # Right in shape and dtype, without memory: nobody may read it.
-        return input.new_empty(()).expand(*input.shape[:-1], weight.shape[0])
+    def forward(
+        ctx: Any, answer: Callable[[Tensor], Tensor], input: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        # What no gradient needs is not kept: of a frozen layer neither.
+        _, need_input, need_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(input if need_weight else None, weight if need_input else None)
+        return answer(input)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, weight = ctx.saved_tensors
-        need_input, need_weight, need_bias = ctx.needs_input_grad
+        _, need_input, need_weight, need_bias = ctx.needs_input_grad
         rows = grad.reshape(-1, grad.shape[-1])  # (..., D_out) -> (tokens, D_out)
         with AutocastState.now(grad.device).disabled():
             return (
+                None,
                 grad @ weight if need_input else None,
                 rows.t() @ input.reshape(-1, input.shape[-1]) if need_weight else None,
                 rows.sum(0) if need_bias else None,

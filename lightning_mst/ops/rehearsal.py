@@ -26,6 +26,11 @@ def rehearsal() -> Iterator[None]:
         _rehearsing = before
 
 
+def is_rehearsing() -> bool:
+    """Whether no values are computed now, and only memory is of interest."""
+    return _rehearsing
+
+
 def walk(pieces: list[T]) -> list[T]:
     """The pieces to go through: all of them, or in a rehearsal the first two and the last.
 

@@ -22,7 +22,7 @@ gradient accumulation, ``retain_graph`` and ``torch.autograd.grad`` see what the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from lightning_mst.ops.chunking import chunk_bounds, resolve_num_chunks
 from lightning_mst.ops.context import AutocastState, RNGState, drop_autocast_copies, first_order_only
 from lightning_mst.ops.gradients import GradientSums, check_graph
 from lightning_mst.ops.last_linear import FindLastLinear, SkipLastLinear
+from lightning_mst.ops.linear_reads import KeepRead, LinearReads, ReplayLinears
 from lightning_mst.ops.rehearsal import walk
 
 Block = Callable[..., Tensor | tuple[Tensor, ...]]
@@ -50,6 +51,7 @@ def token_wise(
     preserve_rng_state: bool = True,
     keep_single_chunk: bool = True,
     exactly: bool = False,
+    reads: LinearReads | None = None,
 ) -> Any:
     """Runs a block that treats every token alike over mini-sequences, with the same output and the same gradients.
 
@@ -71,6 +73,8 @@ def token_wise(
             recomputing it too.
         exactly: use all ``num_chunks`` chunks, some of them empty where there are fewer tokens. Ranks whose chunks
             communicate must have the same number of them.
+        reads: which results of the block's linear layers its backward pass reads, from ``find_linear_reads``. These are
+            kept, (tokens, D_out) each, and no linear layer is run again. Default: all but the last are run again.
 
     Returns:
         What ``module_or_fn(x)`` returns: (\\*lead, D_out), or a tuple of such.
@@ -93,7 +97,7 @@ def token_wise(
     if parameters is None:
         parameters = module_or_fn.parameters() if isinstance(module_or_fn, nn.Module) else ()
     weights = tuple(dict.fromkeys(parameters))
-    run = _Run(module_or_fn, weights, lead, chunks)
+    run = _Run(module_or_fn, weights, lead, chunks, reads)
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *weights))):
         if torch.is_grad_enabled():
             run.check_no_graph(inputs)
@@ -120,7 +124,14 @@ def _lead_shape(inputs: tuple[Tensor, ...]) -> torch.Size:
 class _Run:
     """One call of ``token_wise``: what its two nodes share."""
 
-    def __init__(self, block: Block, weights: tuple[Tensor, ...], lead: torch.Size, num_chunks: int) -> None:
+    def __init__(
+        self,
+        block: Block,
+        weights: tuple[Tensor, ...],
+        lead: torch.Size,
+        num_chunks: int,
+        reads: LinearReads | None = None,
+    ) -> None:
         self.block = block
         self.weights = weights
         self.lead = lead
@@ -129,28 +140,35 @@ class _Run:
         self.autocast = AutocastState("cpu", False, torch.float32)
         self.returns_tuple = False
         self.last_linear: int | None = None
+        self.reads = reads
+        # By position of the linear layer, its results (tokens, D_out): on their way from one node to the other.
+        self.kept: dict[int, Tensor] = {}
         self.output_grads: tuple[Tensor, ...] = ()
 
     def rows(self, tensor: Tensor) -> Tensor:
-        """(*lead, ...) -> (tokens, ...)."""
-        return tensor.reshape(self.lead.numel(), *tensor.shape[len(self.lead) :])
+        """(*lead, ...) -> (tokens, ...), the same memory."""
+        return tensor.view(self.lead.numel(), *tensor.shape[len(self.lead) :])
 
-    def piece(self, rows: Tensor, start: int, stop: int) -> Tensor:
-        """(tokens, ...) -> (1, ..., 1, stop - start, ...), with as many dimensions as the whole."""
-        return rows[start:stop].reshape(*(1,) * (len(self.lead) - 1), stop - start, *rows.shape[1:])
+    def piece(self, whole: Tensor, start: int, stop: int) -> Tensor:
+        """(*lead, ...) -> (1, ..., 1, stop - start, ...), with as many dimensions as the whole."""
+        rest = whole.shape[len(self.lead) :]
+        return _tokens(whole, len(self.lead), start, stop).reshape(*(1,) * (len(self.lead) - 1), stop - start, *rest)
 
     def forward(self, inputs: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
         """All chunks, without a graph."""
         self.autocast = AutocastState.now(inputs[0].device)
-        flat = [self.rows(t) for t in inputs]
         whole: list[Tensor] = []
-        find = FindLastLinear()
         with torch.no_grad():
             for index, (start, stop) in enumerate(walk(self.bounds)):
-                with find if index == 0 else nullcontext():
-                    result = self.block(*(self.piece(t, start, stop) for t in flat))
-                if index == 0:
+                find = FindLastLinear() if index == 0 and self.reads is None else nullcontext()
+                keep = KeepRead(self.reads.read) if self.reads is not None else nullcontext()
+                with find, keep:
+                    result = self.block(*(self.piece(t, start, stop) for t in inputs))
+                if isinstance(find, FindLastLinear):
                     self.last_linear = find.index(result)
+                if isinstance(keep, KeepRead):
+                    self._keep(keep, start, stop)
+                if index == 0:
                     self.returns_tuple = not isinstance(result, Tensor)
                 outputs = tuple(result) if self.returns_tuple else (result,)
                 self._check_outputs(outputs, stop - start)
@@ -164,6 +182,19 @@ class _Run:
         if self.autocast.enabled:
             drop_autocast_copies()
         return tuple(whole) if self.returns_tuple else whole[0]
+
+    def _keep(self, keep: KeepRead, start: int, stop: int) -> None:
+        """Puts the results of one chunk's linear layers to the other chunks'."""
+        assert self.reads is not None
+        if keep.calls != self.reads.calls:
+            # Not the block that was tried: an adapter has been switched off, for example. All of it runs again.
+            self.reads = None
+            self.kept.clear()
+            return
+        for position, result in keep.kept.items():
+            if position not in self.kept:
+                self.kept[position] = result.new_empty(self.lead.numel(), result.shape[-1])
+            self.kept[position][start:stop] = result.reshape(stop - start, result.shape[-1])
 
     def _check_outputs(self, outputs: tuple[Tensor, ...], tokens: int) -> None:
         expected = (*(1,) * (len(self.lead) - 1), tokens)
@@ -179,37 +210,36 @@ class _Run:
     ) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """All chunks again, each with a graph of its own; returns the gradients of the inputs and of the weights."""
         output_grads, self.output_grads = self.output_grads, ()
-        flat = [self.rows(t) for t in inputs]
-        flat_grads = [self.rows(t) for t in output_grads]
         trained = [w for w, need in zip(self.weights, need_weights, strict=True) if need]
         input_grads: list[Tensor | None] = [None] * len(inputs)
         sums = GradientSums(trained, len(self.bounds), taken=[*inputs, *output_grads])
         rng = self.rng.replayed() if self.rng is not None else nullcontext()
         with rng, self.autocast.restored():
             for start, stop in walk(self.bounds):
-                self._differentiate(start, stop, flat, flat_grads, need_inputs, input_grads, sums)
+                self._differentiate(start, stop, inputs, output_grads, need_inputs, input_grads, sums)
+        self.kept = {}
         of_trained = iter(sums.take())
-        shaped = [g if g is None else g.view(t.shape) for g, t in zip(input_grads, inputs, strict=True)]
-        return shaped, [next(of_trained) if need else None for need in need_weights]
+        return input_grads, [next(of_trained) if need else None for need in need_weights]
 
     def _differentiate(
         self,
         start: int,
         stop: int,
-        flat: list[Tensor],
-        flat_grads: list[Tensor],
+        inputs: tuple[Tensor, ...],
+        output_grads: tuple[Tensor, ...],
         need_inputs: Sequence[bool],
         input_grads: list[Tensor | None],
         sums: GradientSums,
     ) -> None:
         """One chunk's gradients, added to the others'. A function of its own, so that all it made is gone after it."""
         parts = [
-            self.piece(t, start, stop).detach().requires_grad_(need) for t, need in zip(flat, need_inputs, strict=True)
+            self.piece(t, start, stop).detach().requires_grad_(need)
+            for t, need in zip(inputs, need_inputs, strict=True)
         ]
-        outputs = self._with_graph(parts)
+        outputs = self._with_graph(parts, start, stop)
         if start == 0:
             check_graph(outputs, [*parts, *self.weights], _HOW_TO_NAME)
-        pairs = [(y, self.piece(g, start, stop)) for y, g in zip(outputs, flat_grads, strict=True) if y.requires_grad]
+        pairs = [(y, self.piece(g, start, stop)) for y, g in zip(outputs, output_grads, strict=True) if y.requires_grad]
         if not pairs:
             return
         leaves = [index for index, need in enumerate(need_inputs) if need]
@@ -220,11 +250,12 @@ class _Run:
             if grad is not None:
                 whole = input_grads[index]
                 if whole is None:
-                    whole = torch.zeros_like(flat[index], memory_format=torch.contiguous_format)
+                    whole = torch.zeros_like(inputs[index], memory_format=torch.contiguous_format)
                     input_grads[index] = whole
-                whole[start:stop] = grad.reshape(stop - start, *whole.shape[1:])
+                rows = self.rows(whole)
+                rows[start:stop] = grad.reshape(stop - start, *rows.shape[1:])
 
-    def _with_graph(self, parts: list[Tensor]) -> tuple[Tensor, ...]:
+    def _with_graph(self, parts: list[Tensor], start: int, stop: int) -> tuple[Tensor, ...]:
         with torch.enable_grad():
             # Module hooks such as FlopCounterMode's refuse a leaf under autograd.grad, so the block gets a view.
             if self.last_linear is not None:
@@ -232,17 +263,36 @@ class _Run:
                     result = self.block(*(t.view_as(t) for t in parts))
                 if result is skip.skipped:
                     return (result,)
-            # The block did not end where it ended in the forward pass: run all of it.
-            result = self.block(*(t.view_as(t) for t in parts))
+            # Where the block did not end where it ended in the forward pass, all of it runs.
+            with self._replay(parts[0], start, stop):
+                result = self.block(*(t.view_as(t) for t in parts))
         return (result,) if isinstance(result, Tensor) else tuple(result)
+
+    def _replay(self, part: Tensor, start: int, stop: int) -> AbstractContextManager[object]:
+        if self.reads is None:
+            return nullcontext()
+        lead = part.shape[: len(self.lead)]
+        return ReplayLinears({index: rows[start:stop].view(*lead, -1) for index, rows in self.kept.items()})
 
     def check_no_graph(self, inputs: tuple[Tensor, ...]) -> None:
         """Raises if the block has a gradient after all, though nothing that it was said to use needs one."""
-        parts = [self.piece(self.rows(t), 0, 1) for t in inputs]
+        parts = [self.piece(t, 0, 1) for t in inputs]
         with RNGState(inputs[0].device).replayed():
             result = self.block(*parts)
         outputs = (result,) if isinstance(result, Tensor) else tuple(result)
         check_graph(outputs, [*parts, *self.weights], _HOW_TO_NAME)
+
+
+def _tokens(whole: Tensor, lead_dims: int, start: int, stop: int) -> Tensor:
+    """(B, S, ...) -> (stop - start, ...): some of the B * S tokens. A copy only where a view can't be had."""
+    if lead_dims == 2 and whole.shape[0] > 1 and not whole.is_contiguous():
+        length = whole.shape[1]
+        pieces = [
+            whole[index, max(start - index * length, 0) : stop - index * length]
+            for index in range(start // length, -(-stop // length))
+        ]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces or [whole[0, :0]])
+    return whole.reshape(-1, *whole.shape[lead_dims:])[start:stop]
 
 
 class _SaveFirst(torch.autograd.Function):
@@ -267,16 +317,22 @@ class _SaveFirst(torch.autograd.Function):
 
 
 class _ComputeSecond(torch.autograd.Function):
-    """Computes the chunks and saves nothing; in backward hands its gradients to the first node."""
+    """Computes the chunks and saves nothing but what ``reads`` asks for; in backward hands all to the first node."""
 
     @staticmethod
     def forward(ctx: Any, run: _Run, port: Tensor, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         ctx.run = run
-        return run.forward(inputs)
+        outputs = run.forward(inputs)
+        # As saved tensors and not beside them, so that checkpointing sees them.
+        ctx.kept = list(run.kept)
+        ctx.save_for_backward(*run.kept.values())
+        run.kept = {}
+        return outputs
 
     @staticmethod
     @first_order_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # Beside the graph and not along it: an edge would demand that the output has the shape of the input.
         ctx.run.output_grads = grads
+        ctx.run.kept = dict(zip(ctx.kept, ctx.saved_tensors, strict=True))
         return (None, grads[0].new_zeros((), dtype=torch.float32), *(None for _ in ctx.needs_input_grad[2:]))

@@ -11,8 +11,10 @@ from torch import Size, Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_mst.ops.chunking import MLP_MIN_TOKENS, BlockCost, mlp_num_chunks
+from lightning_mst.ops.linear_reads import LinearReads
 from lightning_mst.ops.token_wise import token_wise
 from lightning_mst.rewrite.fsdp1 import weights_of
+from lightning_mst.rewrite.handed_on import HandedOn
 from lightning_mst.rewrite.pace import Pace
 from lightning_mst.rewrite.routers import announce, overheard
 from lightning_mst.rewrite.shapes import true_shape
@@ -34,6 +36,10 @@ class Call:
 
     def __init__(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         leaves, self._structure = tree_flatten((args, dict(kwargs)))
+        self._norm: HandedOn | None = None
+        for index, leaf in enumerate(leaves):
+            if isinstance(leaf, HandedOn):
+                leaves[index] = self._take(leaf, is_first=not any(isinstance(t, Tensor) for t in leaves[:index]))
         self._slots = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self._inputs: list[Tensor] = [leaves[index] for index in self._slots]
         # Without the tensors: what the chunks' function refers to lives until backward, unknown to checkpointing.
@@ -46,9 +52,16 @@ class Call:
                 f"tensors of shapes {shapes}. Name the MLPs yourself (mlp_modules=...) or set mlp_chunks=None."
             )
 
+    def _take(self, tensor: HandedOn, *, is_first: bool) -> Tensor:
+        """The input of a norm that the block's first tensor is the output of; else the tensor itself."""
+        if tensor.was_computed or not is_first:
+            return tensor.real()
+        self._norm = tensor
+        return tensor.source
+
     @property
     def x(self) -> Tensor:
-        """The first tensor, (*lead, D)."""
+        """The first tensor, (*lead, D); the input of the norm before the block, where that is run with it."""
         return self._inputs[0]
 
     def num_chunks(self, setting: int | str, pace: Pace, sparsity: int = 1, cost: BlockCost | None = None) -> int:
@@ -80,6 +93,7 @@ class Call:
         num_chunks: int,
         parts: Sequence[nn.Module],
         routers: Sequence[nn.Module] = (),
+        reads: LinearReads | None = None,
     ) -> Any:
         """Runs all chunks, and tells what the routers said of all tokens to those who listen.
 
@@ -90,15 +104,21 @@ class Call:
             num_chunks: M.
             parts: the modules that it uses.
             routers: those of them that have listeners.
+            reads: which results of its linear layers its backward pass reads; see ``token_wise``.
 
         Returns:
             What the block, or ``finish``, returns for the whole.
         """
         layout = _Layout(self.x.shape[:-1])
         slots, others, structure = self._slots, self._others, self._structure
+        norm = None
+        if self._norm is not None:
+            norm, parts = self._norm.forward, [self._norm.norm, *parts]
 
         def piece(*tensors: Tensor) -> Any:
             leaves = list(others)
+            if norm is not None:
+                tensors = (norm(tensors[0]), *tensors[1:])
             for slot, tensor in zip(slots, tensors, strict=True):
                 leaves[slot] = tensor
             args, kwargs = tree_unflatten(leaves, structure)
@@ -120,7 +140,13 @@ class Call:
                 "deepspeed.initialize, or leave both to Trainer(strategy='mst_deepspeed_stage_3')."
             )
         outputs = token_wise(
-            piece, self._inputs, num_chunks=num_chunks, exactly=True, keep_single_chunk=False, parameters=parameters
+            piece,
+            self._inputs,
+            num_chunks=num_chunks,
+            exactly=True,
+            keep_single_chunk=False,
+            parameters=parameters,
+            reads=reads,
         )
         result, *said = layout.unpack(outputs)
         for router, answer in zip(routers, said, strict=True):

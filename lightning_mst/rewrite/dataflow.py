@@ -39,7 +39,7 @@ def follower_of(layer: nn.Module, mlp: str, outputs: int, width: int) -> str | N
     Returns:
         Its name, or ``None`` if there is none, or the trial can't tell.
     """
-    names = [name for name, child in layer.named_children() if _may_follow(child, width)]
+    names = [name for name, child in layer.named_children() if may_be_norm(child, width)]
     if not names or outputs:
         return None
 
@@ -75,7 +75,8 @@ def find_pair(layer: nn.Module, candidates: Iterable[tuple[str, str, int]]) -> t
     return None
 
 
-def _may_follow(module: nn.Module, width: int) -> bool:
+def may_be_norm(module: nn.Module, width: int) -> bool:
+    """Whether a module looks like a norm or dropout of D wide tokens: its weights, if any, have the shape (D,)."""
     parameters = list(module.parameters())
     if parameters:
         return all(true_shape(p) == (width,) for p in parameters)

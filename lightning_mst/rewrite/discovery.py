@@ -166,7 +166,7 @@ class _Search:
         return Candidate(name, type(module).__name__, rewrite, ", ".join(notes))
 
     def _follower(self, layer: nn.Module, name: str, module: nn.Module, verdict: Verdict) -> str | None:
-        key = (name, _signature(layer))
+        key = (name, signature(layer))
         if key not in self._followers:
             found = follower_of(layer, name, verdict.outputs, verdict.width)
             if found is not None and probe(layer.get_submodule(found), [verdict.width]).reason is not None:
@@ -175,7 +175,7 @@ class _Search:
         return self._followers[key]
 
     def _pair(self, name: str, layer: nn.Module) -> list[Candidate]:
-        key = _signature(layer)
+        key = signature(layer)
         if key not in self._pairs:
             self._pairs[key] = find_pair(layer, self._pair_candidates(layer))
         pair = self._pairs[key]
@@ -199,7 +199,7 @@ class _Search:
                     yield names[first], names[second], shape[0]
 
     def _verdict(self, module: nn.Module, method: str = "forward") -> Verdict:
-        key = (method, _signature(module))
+        key = (method, signature(module))
         if key not in self._verdicts:
             likely = self._widths | norm_widths(module)
             widths = sorted({*mirrored_widths(module), *likely}, key=lambda width: width not in likely)
@@ -207,7 +207,7 @@ class _Search:
         return self._verdicts[key]
 
     def _cost(self, module: nn.Module, verdict: Verdict) -> BlockCost | None:
-        key = (_signature(module), tuple(p.requires_grad for p in module.parameters()))
+        key = (signature(module), tuple(p.requires_grad for p in module.parameters()))
         if key not in self._costs:
             self._costs[key] = None if verdict.routers else mlp_cost(module, verdict.width)
         return self._costs[key]
@@ -229,8 +229,8 @@ def _named(layer: str, candidate: Candidate) -> Candidate:
     return replace(candidate, name=f"{layer}.{candidate.name}")
 
 
-def _signature(module: nn.Module) -> object:
-    """Equal for modules that one trial can speak for."""
+def signature(module: nn.Module) -> object:
+    """Something equal for modules that one trial can speak for."""
     shapes = tuple((name, true_shape(p), p.dtype, p.device) for name, p in module.named_parameters())
     switches = tuple(
         (name, key, value)

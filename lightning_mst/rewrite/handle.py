@@ -24,9 +24,9 @@ from lightning_mst.rewrite.config import MSTConfig
 from lightning_mst.rewrite.discovery import Candidate, find_layers, find_mlps, match_mlps
 from lightning_mst.rewrite.heads import find_lm_heads, match_lm_heads
 from lightning_mst.rewrite.joining import FirstForm
+from lightning_mst.rewrite.layer_parts import LayerParts, find_layer_parts
 from lightning_mst.rewrite.mlp import MLPForm
 from lightning_mst.rewrite.pace import Pace
-from lightning_mst.rewrite.probe import Verdict
 from lightning_mst.rewrite.shadow import forms, lifted, restore, shadowed
 
 
@@ -35,7 +35,7 @@ class Row:
     """What became of one module.
 
     Attributes:
-        block: ``"MLP"``, ``"LM head"`` or ``"layer"``.
+        block: ``"MLP"``, ``"LM head"``, ``"attention"``, ``"norm"`` or ``"layer"``.
         name: the module's dotted name, or ``""`` where there is none.
         module: its class.
         form: what it is now: ``"M = 8"`` or ``"M = auto"`` mini-sequences, ``"checkpointed"``, or ``"as it was"``.
@@ -74,7 +74,7 @@ class MSTHandle:
         self.rows: list[Row] = []
         self.layers: list[nn.Module] = []
         self.pace = Pace()
-        self._verdicts: dict[object, Verdict] = {}
+        self._verdicts: dict[object, Any] = {}
         self._apply(config)
 
     def update(self, config: MSTConfig | None = None, **options: Any) -> MSTHandle:
@@ -140,7 +140,7 @@ class MSTHandle:
 class _Plan:
     """Everything is decided, and every error raised, before the first module is touched."""
 
-    def __init__(self, model: nn.Module, config: MSTConfig, verdicts: dict[object, Verdict]) -> None:
+    def __init__(self, model: nn.Module, config: MSTConfig, verdicts: dict[object, Any]) -> None:
         self._model = model
         self._config = config
         self._verdicts = verdicts
@@ -148,6 +148,7 @@ class _Plan:
         self.rows: list[Row] = []
         self._mlps = self._choose_mlps(model)
         self._heads = self._choose_heads(model)
+        self._parts = self._choose_parts(model)
         self._unfit = {
             index: reason
             for index, (_, layer) in enumerate(self._layers)
@@ -156,13 +157,13 @@ class _Plan:
         self._chosen = choose_layers(config.checkpoint_layers, len(self._layers)) - self._unfit.keys()
         self.layers = [layer for _, layer in self._layers]
         self._describe_layers()
-        wanted = config.mlp_chunks is not None or config.lm_head_chunks is not None
-        if wanted and not self._mlps and not self._heads:
+        wanted = any(c is not None for c in (config.mlp_chunks, config.lm_head_chunks, config.layer_chunks))
+        if wanted and not (self._mlps or self._heads or self._parts.attentions):
             raise ValueError(
                 f"Nothing to rewrite in {type(model).__name__}: "
                 + "; ".join(dict.fromkeys(f"{r.block}: {r.reason}" for r in self.rows if r.reason))
-                + ". Name the modules (mlp_modules='*.mlp', lm_head_module='lm_head'), or switch both blocks off "
-                "(mlp_chunks=None, lm_head_chunks=None)."
+                + ". Name the modules (mlp_modules='*.mlp', lm_head_module='lm_head'), or switch all blocks off "
+                "(mlp_chunks=None, lm_head_chunks=None, layer_chunks=None)."
             )
         if not wanted and config.checkpoint_layers != "none" and not self._layers:
             raise ValueError(
@@ -172,7 +173,13 @@ class _Plan:
 
     def carry_out(self) -> None:
         config = self._config
-        for blocks, chunks in ((self._mlps, config.mlp_chunks), (self._heads, config.lm_head_chunks)):
+        for blocks, chunks in (
+            (self._mlps, config.mlp_chunks),
+            (self._heads, config.lm_head_chunks),
+            (self._parts.attentions, config.layer_chunks),
+            # After the MLPs: a norm that joins one may do more than that.
+            (self._parts.norms, config.layer_chunks),
+        ):
             for block in blocks:
                 assert block.rewrite is not None
                 assert chunks is not None
@@ -218,6 +225,17 @@ class _Plan:
             if candidate.rewrite is None:
                 raise ValueError(f"{_cannot(candidate)} Take it out of lm_head_module.")
         return self._choose("LM head", candidates, config.lm_head_chunks)
+
+    def _choose_parts(self, model: nn.Module) -> LayerParts:
+        chunks = self._config.layer_chunks
+        if chunks is None:
+            return LayerParts()
+        found = find_layer_parts(model, self._layers, self._verdicts)
+        if not found.attentions:
+            self._left("attention", Candidate("", "", None, "no attention found in the layers"))
+        return LayerParts(
+            self._choose("attention", found.attentions, chunks), self._choose("norm", found.norms, chunks)
+        )
 
     def _choose(self, block: str, candidates: list[Candidate], chunks: int | str) -> list[Candidate]:
         for candidate in candidates:

@@ -18,7 +18,7 @@ from lightning_mst.rewrite.shadow import original_method
 from lightning_mst.rewrite.stand_in import is_out_of_reach, stand_in
 from lightning_mst.rewrite.structure import capacity_limit, expert_counts
 
-_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 _TOKENS, _CUT = 5, 2
 
 
@@ -132,13 +132,13 @@ class _Trial:
             with eval_mode(self.module):
                 with self._noting():
                     whole = self.forward(*inputs)
-                with _without_hooks(self.module):
+                with without_hooks(self.module):
                     pieces = [
                         self.forward(*(t[:, :_CUT] for t in inputs)),
                         self.forward(*(t[:, _CUT:] for t in inputs)),
                     ]
             if before:
-                with train_mode(self.module), _without_hooks(self.module):
+                with train_mode(self.module), without_hooks(self.module):
                     self.forward(*inputs)
         except Exception as error:  # whatever a stranger's forward raises is the answer, and is shown
             return Verdict(f"does not run on (1, tokens, D) alone ({type(error).__name__}: {_first_line(error)})")
@@ -161,7 +161,7 @@ class _Trial:
         def note(name: str) -> Callable[..., None]:
             return lambda _module, _args, output: self._calls.setdefault(name, []).append(output)
 
-        with _without_hooks(self.module):
+        with without_hooks(self.module):
             for name, part in self.module.named_modules():
                 if name:
                     part.register_forward_hook(note(name))
@@ -201,7 +201,7 @@ class _Trial:
 
 
 @contextmanager
-def _without_hooks(module: nn.Module) -> Iterator[None]:
+def without_hooks(module: nn.Module) -> Iterator[None]:
     """Runs the body with a module's and its submodules' hooks asleep: a trial is nobody's business."""
     kinds = ("_forward_hooks", "_forward_pre_hooks")
     asleep = [(part, kind, getattr(part, kind)) for part in module.modules() for kind in kinds]
@@ -224,7 +224,7 @@ def _why_different(whole: Any, pieces: list[Any]) -> str | None:
     if not torch.isfinite(whole).all() or not whole.any():
         return None
     difference = (whole - joined).abs().max() / whole.abs().max()
-    if difference > _TOLERANCE.get(whole.dtype, 5e-2):
+    if difference > TOLERANCE.get(whole.dtype, 5e-2):
         return f"mixes tokens (a probe in two pieces differs by {difference.item():.2g} of the largest output)"
     return None
 

@@ -21,10 +21,12 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from lightning_mst.rewrite.attention import AttentionForm
 from lightning_mst.rewrite.handle import MSTHandle
 from lightning_mst.rewrite.joining import FirstForm, JoiningForm
 from lightning_mst.rewrite.lm_head import LMHeadForm
 from lightning_mst.rewrite.mlp import MLPForm
+from lightning_mst.rewrite.norms import NormForm
 from lightning_mst.rewrite.shadow import BoundMethod, form_of, shadowed
 
 
@@ -65,7 +67,9 @@ def _blocks(handle: MSTHandle) -> Iterator[tuple[nn.Module, nn.Module]]:
             form = form_of(module, name) if isinstance(value, BoundMethod) else None
             if isinstance(form, LMHeadForm) or (isinstance(form, MLPForm) and _is_whole(module, form)):
                 yield module, module
-            elif isinstance(form, (MLPForm, FirstForm, JoiningForm)):
+            elif isinstance(form, NormForm) and module not in layer_of:
+                yield module, module
+            elif isinstance(form, (MLPForm, FirstForm, JoiningForm, NormForm, AttentionForm)):
                 layer = layer_of[module]
                 yield from ((layer, part) for part in (form.parts if isinstance(form, MLPForm) else [module]))
                 # Activations and dropouts in between: under hooks they would take the deferred output for a real one.

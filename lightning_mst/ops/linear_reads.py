@@ -1,0 +1,155 @@
+"""Projections whose values nobody reads in the backward pass, and those that are kept for it.
+
+To differentiate ``rotary(project(norm(x)))`` one needs what went into the projection, not what came out. Where a chunk
+is recomputed for its gradient, the results of such linear layers are not computed again. A result that something after
+it reads in the backward pass, as a norm of queries and keys does, is kept from the forward pass instead. Which is which
+is found out once, by running the block with other values in the place of a result and looking at what autograd saves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
+
+from lightning_mst.ops.last_linear import is_plain, linear_of_value
+
+
+@dataclass(frozen=True)
+class LinearReads:
+    """Which ``F.linear`` calls of a block have results that its backward pass reads.
+
+    Attributes:
+        calls: how many such calls one run of the block makes.
+        read: the positions of those whose results are read.
+    """
+
+    calls: int
+    read: frozenset[int]
+
+
+def find_linear_reads(block: Callable[..., Any], inputs: Sequence[Tensor]) -> LinearReads:
+    """Tries which results of its linear layers a block's backward pass reads.
+
+    Args:
+        block: a function of tensors, without random numbers. Whatever it uses should need a gradient: then the answer
+            also holds where less does.
+        inputs: a few tokens.
+    """
+    counter = _Perturb(None)
+    expected = _saved(block, inputs, counter)
+
+    def is_read(index: int) -> bool:
+        # Not against zeros alone: a comparison with zero may be saved as well.
+        return any(_differ(expected, _saved(block, inputs, _Perturb(index, seed))) for seed in range(2))
+
+    return LinearReads(counter.calls, frozenset(i for i in range(counter.calls) if is_read(i)))
+
+
+class KeepRead(TorchFunctionMode):
+    """Takes note of the results that the backward pass will read, in one run of a block.
+
+    Attributes:
+        calls: how many linear layers ran.
+        kept: by position, the results.
+    """
+
+    def __init__(self, read: Collection[int]) -> None:
+        super().__init__()
+        self._read = read
+        self.calls = 0
+        self.kept: dict[int, Tensor] = {}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is F.linear:
+            if self.calls in self._read and is_plain(*args[:2]):
+                # A copy, as what follows may work in place.
+                self.kept[self.calls] = result.clone()
+            self.calls += 1
+        return result
+
+
+class ReplayLinears(TorchFunctionMode):
+    """Runs a block again with a graph, its linear layers answering what they answered before, or nothing.
+
+    Args:
+        known: by position, the results that are read. The others have a gradient and no value.
+    """
+
+    def __init__(self, known: Mapping[int, Tensor]) -> None:
+        super().__init__()
+        self._known = known
+        self._calls = 0
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is not F.linear:
+            return func(*args, **(kwargs or {}))
+        index, self._calls = self._calls, self._calls + 1
+        if not is_plain(*args[:2]):
+            return func(*args, **(kwargs or {}))
+        return linear_of_value(self._known.get(index), *args, **(kwargs or {}))
+
+
+class _Perturb(TorchFunctionMode):
+    """Counts linear layers, and puts random numbers in the place of one result."""
+
+    def __init__(self, index: int | None, seed: int = 0) -> None:
+        super().__init__()
+        self._index = index
+        self._generator = torch.Generator().manual_seed(seed)
+        self.calls = 0
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is not F.linear:
+            return func(*args, **(kwargs or {}))
+        index, self.calls = self.calls, self.calls + 1
+        if index != self._index:
+            return func(*args, **(kwargs or {}))
+        input, weight = args[:2]
+        value = torch.randn(*input.shape[:-1], weight.shape[0], generator=self._generator, dtype=input.dtype)
+        return linear_of_value(value, *args, **(kwargs or {}))
+
+
+def _saved(block: Callable[..., Any], inputs: Sequence[Tensor], mode: TorchFunctionMode) -> list[Tensor]:
+    """What autograd saves in one run."""
+    saved: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        saved.append(tensor.detach())
+        return tensor
+
+    leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in inputs]
+    with torch.enable_grad(), saved_tensors_hooks(note, lambda tensor: tensor), mode:
+        block(*leaves)
+    return saved
+
+
+def _differ(these: list[Tensor], those: list[Tensor]) -> bool:
+    return len(these) != len(those) or not all(
+        a.shape == b.shape and torch.equal(a, b) for a, b in zip(these, those, strict=True)
+    )
