@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from pathlib import Path
 
 _MEMINFO = Path("/proc/meminfo")
@@ -17,13 +18,15 @@ def free_host_memory() -> int:
 
     What the page cache holds counts as free, as the kernel gives it up.
     """
-    return min(_of_machine(), *_of_groups(_OWN_GROUPS, _GROUPS))
+    return min([_of_machine(), *_of_groups(_OWN_GROUPS, _GROUPS)])
 
 
 def _of_machine() -> int:
     if _MEMINFO.exists() and (line := _AVAILABLE_LINE.search(_MEMINFO.read_text())):
         return int(line[1]) * 1024  # the kernel gives kB and means KiB
-    # Elsewhere all that the machine has: what others use of it is not told by Python's own library.
+    if not hasattr(os, "sysconf"):
+        return sys.maxsize  # Windows says nothing by Python's own library, so nothing is refused there
+    # Elsewhere all that the machine has; what others use of it is not known.
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

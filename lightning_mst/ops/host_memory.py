@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lightning_mst.ops.free_host_memory import free_host_memory
 from lightning_mst.ops.rehearsal import is_rehearsing
@@ -65,7 +66,7 @@ class HostMemory:
         try:
             for slab_bytes in _slab_sizes(size):
                 free = self._free[slab_bytes, pinned]
-                slab = free.pop() if free else self._allocate(slab_bytes, pinned)
+                slab = free.pop() if free and not is_rehearsing() else self._allocate(slab_bytes, pinned)
                 self.in_use += slab_bytes
                 taken.append(slab)
         except NotEnoughHostMemory:
@@ -77,11 +78,11 @@ class HostMemory:
         """Takes slabs back, whose content is no longer needed."""
         for slab in slabs:
             self.in_use -= slab.nbytes
-            if is_rehearsing():
-                # A rehearsal counts what is in use, and its tensors belong to it alone.
+            if isinstance(slab, FakeTensor):
+                # A rehearsal counts what is in use; its tensors belong to it alone.
                 self.allocated -= slab.nbytes
             else:
-                self._free[slab.nbytes, _is_pinned(slab)].append(slab)
+                self._free[slab.nbytes, slab.is_pinned()].append(slab)
 
     def release(self) -> None:
         """Gives the slabs that hold nothing back to the system."""
@@ -145,7 +146,3 @@ def _slab_sizes(size: int) -> list[int]:
 def _can_pin(device: torch.device) -> bool:
     # Apple's devices share the host's memory.
     return device.type not in ("cpu", "mps", "meta")
-
-
-def _is_pinned(slab: Tensor) -> bool:
-    return slab.is_pinned()

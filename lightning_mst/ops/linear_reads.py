@@ -40,14 +40,15 @@ def find_linear_reads(block: Callable[..., Any], inputs: Sequence[Tensor]) -> Li
     Args:
         block: a function of tensors, without random numbers. Whatever it uses should need a gradient: then the answer
             also holds where less does.
-        inputs: a few tokens.
+        inputs: a few tokens; those that may need a gradient need one.
     """
-    counter = _Perturb(None)
-    expected = _saved(block, inputs, counter)
+    counter = _Replace(None)
+    _saved(block, inputs, counter)
 
     def is_read(index: int) -> bool:
-        # Not against zeros alone: a comparison with zero may be saved as well.
-        return any(_differ(expected, _saved(block, inputs, _Perturb(index, seed))) for seed in range(2))
+        expected = _saved(block, inputs, _Replace(index))
+        # Twice: what is saved may be as coarse as a comparison with zero.
+        return any(_differ(expected, _saved(block, inputs, _Replace(index, seed))) for seed in (0, 1))
 
     return LinearReads(counter.calls, frozenset(i for i in range(counter.calls) if is_read(i)))
 
@@ -109,13 +110,13 @@ class ReplayLinears(TorchFunctionMode):
         return linear_of_value(self._known.get(index), *args, **(kwargs or {}))
 
 
-class _Perturb(TorchFunctionMode):
-    """Counts linear layers, and puts random numbers in the place of one result."""
+class _Replace(TorchFunctionMode):
+    """Counts linear layers, and lets one answer with what it is told to: its own result, or random numbers."""
 
-    def __init__(self, index: int | None, seed: int = 0) -> None:
+    def __init__(self, index: int | None, seed: int | None = None) -> None:
         super().__init__()
         self._index = index
-        self._generator = torch.Generator().manual_seed(seed)
+        self._seed = seed
         self.calls = 0
 
     def __torch_function__(
@@ -125,13 +126,15 @@ class _Perturb(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        result = func(*args, **(kwargs or {}))
         if func is not F.linear:
-            return func(*args, **(kwargs or {}))
+            return result
         index, self.calls = self.calls, self.calls + 1
         if index != self._index:
-            return func(*args, **(kwargs or {}))
-        input, weight = args[:2]
-        value = torch.randn(*input.shape[:-1], weight.shape[0], generator=self._generator, dtype=input.dtype)
+            return result
+        value = result.detach()
+        if self._seed is not None:
+            value = torch.randn(value.shape, generator=torch.Generator().manual_seed(self._seed), dtype=value.dtype)
         return linear_of_value(value, *args, **(kwargs or {}))
 
 
@@ -143,7 +146,7 @@ def _saved(block: Callable[..., Any], inputs: Sequence[Tensor], mode: TorchFunct
         saved.append(tensor.detach())
         return tensor
 
-    leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in inputs]
+    leaves = [t.detach().requires_grad_(t.requires_grad) for t in inputs]
     with torch.enable_grad(), saved_tensors_hooks(note, lambda tensor: tensor), mode:
         block(*leaves)
     return saved

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -144,6 +142,6 @@ def _copy_all(pairs: list[tuple[Tensor, Tensor]]) -> None:
         to.copy_(source, non_blocking=True)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _lane(device: torch.device) -> _Lane:
     return _Lane(device)

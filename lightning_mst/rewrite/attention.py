@@ -12,11 +12,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Size, Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_mst.ops.linear_reads import LinearReads
-from lightning_mst.rewrite.attention_interface import Projected, attention_of, stop, with_attention
+from lightning_mst.rewrite.attention_interface import Projected, attention_of, is_by_heads, stop, with_attention
 from lightning_mst.rewrite.call import Call
 from lightning_mst.rewrite.joining import defer
 from lightning_mst.rewrite.pace import Pace
@@ -76,25 +77,75 @@ def _attention_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     options: dict[str, Any] = {}
 
     def first(*tokens: Tensor) -> tuple[Tensor, ...]:
-        return project(self, arguments, tokens, options)
+        heads = project(self, arguments, tokens, options)
+        groups = 1
+        if is_by_heads(self, arguments.mask, options):
+            groups = head_groups(heads[0].shape[2], heads[1].shape[2], call.x.shape[:2].numel())
+        return tuple(part for t in heads for part in t.split(t.shape[2] // groups, 2))
 
-    heads = call.run(forward=first, num_chunks=num_chunks, parts=list(_without(self, last)), reads=form.reads)
-    query, key, value = (t.transpose(1, 2) for t in heads)
-    output, weights = attention_of(self)(self, query, key, value, arguments.mask, **options)
-    del heads, query, key, value
-    output = output.reshape(*output.shape[:2], -1)
-
-    def after(merged: Tensor) -> Tensor:
+    def after(*parts: Tensor) -> Tensor:
+        merged = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         for child in last:
             merged = child(merged)
         return merged
 
+    projected = call.run(forward=first, num_chunks=num_chunks, parts=list(_without(self, last)), reads=form.reads)
+    outputs, weights = _attend(self, projected, arguments.mask, options)
+    del projected
     how: dict[str, Any] = {"forward": after, "num_chunks": num_chunks, "parts": last}
-    end = Call(name, (output,), {})
+    end = Call(name, tuple(outputs), {})
     # Whoever hooks the module, to gather its weights or to see its output, expects its work to be done inside.
     is_hooked = bool(self._forward_pre_hooks or self._forward_hooks)
     result = end.run(**how) if is_hooked else defer(end, call.x.shape[-1], **how)
     return (result, weights) if form.returns_weights else result
+
+
+def _attend(
+    module: nn.Module, projected: tuple[Tensor, ...], mask: Any, options: Mapping[str, Any]
+) -> tuple[list[Tensor], Any]:
+    """Runs the attention, one group of heads after the other.
+
+    Args:
+        module: the module.
+        projected: the groups' queries, then their keys, then their values, (B, S, H, d) each.
+        mask: for the attention.
+        options: for the attention.
+
+    Returns:
+        The groups' outputs (B, S, H * d), and the attention weights where there is one group.
+    """
+    attention = attention_of(module)
+    groups = len(projected) // 3
+    outputs: list[Tensor] = []
+    weights = None
+    for heads in zip(projected[:groups], projected[groups : 2 * groups], projected[2 * groups :], strict=True):
+        output, weights = attention(module, *(t.transpose(1, 2) for t in heads), mask, **options)
+        outputs.append(output.reshape(*output.shape[:2], -1))
+    return outputs, weights if groups == 1 else None
+
+
+_MOST_GROUPS = 8
+_LEAST_QUERIES = 2**16
+
+
+def head_groups(num_heads: int, num_kv_heads: int, num_tokens: int) -> int:
+    """Into how many groups of heads attention is split.
+
+    A flash kernel's backward pass takes fp32 sums of the queries' gradients, and with grouped queries a key and a value
+    gradient for every query head: 2 to 4 times the hidden states. By groups it takes these of one group at a time, and
+    what a group kept is gone when the next one comes. A group keeps so many queries that a device stays busy: 65,536
+    are 512 blocks of the kernel.
+
+    Args:
+        num_heads: H, of the queries.
+        num_kv_heads: H_kv, of keys and values.
+        num_tokens: B * S.
+
+    Returns:
+        A divisor of H_kv, at most 8.
+    """
+    most = min(_MOST_GROUPS, num_heads * num_tokens // _LEAST_QUERIES)
+    return max((n for n in range(1, most + 1) if num_kv_heads % n == 0 and num_heads % n == 0), default=1)
 
 
 def project(

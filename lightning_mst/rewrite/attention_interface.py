@@ -65,6 +65,23 @@ def attention_of(module: nn.Module) -> Attention:
     return found
 
 
+def is_by_heads(module: nn.Module, mask: Any, options: Mapping[str, Any]) -> bool:
+    """Whether heads may be given to a module's attention one group after the other.
+
+    Args:
+        module: the module.
+        mask: the attention mask.
+        options: what the module says to its attention besides.
+    """
+    shape: tuple[int, ...] = getattr(mask, "shape", ())
+    # A model's own function may use what the module holds for each head, and a tensor may have an entry for each.
+    knows_heads = any(isinstance(value, Tensor) and name not in _OF_TOKENS for name, value in options.items())
+    return module.config._attn_implementation != "eager" and not knows_heads and (len(shape) < 4 or shape[1] == 1)
+
+
+_OF_TOKENS = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "cache_position")
+
+
 @contextmanager
 def with_attention(module: nn.Module, attention: Attention) -> Iterator[None]:
     """Lets a module call another attention function while the body runs."""

@@ -11,7 +11,16 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_mst.rewrite.shadow import original_forward, original_value, shadow, shadow_method
+from lightning_mst.rewrite.offloading import Offload
+from lightning_mst.rewrite.shadow import (
+    form_of,
+    forms,
+    original_forward,
+    original_value,
+    shadow,
+    shadow_method,
+    shadowed,
+)
 
 
 def is_transformers_layer(module: nn.Module) -> bool:
@@ -74,18 +83,31 @@ def choose_layers(setting: str | int | Sequence[int], num_layers: int) -> set[in
     return {int(i) for i in setting}
 
 
-def checkpoint_layer(layer: nn.Module, enable: bool) -> None:
+def checkpoint_layer(layer: nn.Module, enable: bool, offload: Offload | None = None) -> None:
     """Switches one decoder layer's checkpointing on or off.
 
     transformers' layers checkpoint inside their own ``forward``, so theirs is a flag; any other layer's ``forward`` is
     run by ``torch.utils.checkpoint``.
+
+    Args:
+        layer: the layer.
+        enable: whether to checkpoint it.
+        offload: where to keep what the layer keeps, if not on the device; one object for all layers of a model.
     """
+    run = offload or partial(checkpoint, use_reentrant=False)
     if is_transformers_layer(layer):
         shadow(layer, "gradient_checkpointing", enable)
         if enable:
-            shadow(layer, "_gradient_checkpointing_func", partial(checkpoint, use_reentrant=False))
+            shadow(layer, "_gradient_checkpointing_func", run)
     elif enable:
-        shadow_method(layer, _checkpointed_forward, None)
+        shadow_method(layer, _checkpointed_forward, run)
+
+
+def release_host_memory(model: nn.Module) -> None:
+    """Gives back to the system what the checkpointed layers of a model took on the host."""
+    found = [module.__dict__.get("_gradient_checkpointing_func") for module in shadowed(model)]
+    for offload in {run for run in (*found, *forms(model)) if isinstance(run, Offload)}:
+        offload.release()
 
 
 def switch_models(model: nn.Module, enable: bool) -> None:
@@ -103,4 +125,4 @@ def _checkpointed_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     forward = original_forward(self)
     if not (torch.is_grad_enabled() and self.training):
         return forward(*args, **kwargs)
-    return checkpoint(partial(forward, **kwargs), *args, use_reentrant=False)
+    return form_of(self)(partial(forward, **kwargs), *args)

@@ -65,9 +65,8 @@ def _blocks(handle: MSTHandle) -> Iterator[tuple[nn.Module, nn.Module]]:
     for module in shadowed(handle.model):
         for name, value in vars(module).items():
             form = form_of(module, name) if isinstance(value, BoundMethod) else None
-            if isinstance(form, LMHeadForm) or (isinstance(form, MLPForm) and _is_whole(module, form)):
-                yield module, module
-            elif isinstance(form, NormForm) and module not in layer_of:
+            is_outside = isinstance(form, NormForm) and module not in layer_of
+            if isinstance(form, LMHeadForm) or is_outside or (isinstance(form, MLPForm) and _is_whole(module, form)):
                 yield module, module
             elif isinstance(form, (MLPForm, FirstForm, JoiningForm, NormForm, AttentionForm)):
                 layer = layer_of[module]
