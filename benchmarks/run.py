@@ -1,4 +1,4 @@
-"""``python -m benchmarks.run [head] [mlp] [losses] [step]``: our blocks beside public ones, in the same run.
+"""``python -m benchmarks.run [head] [mlp] [losses] [step] [layers]``: our blocks beside public ones, in the same run.
 
 Each section goes to a file ``<section>-<cpu or device>.json``, by default in ``benchmarks/results``;
 ``python -m benchmarks.tables`` makes the README's tables from them. All of it takes less than 25 minutes on two quiet
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import heads, losses, mlps, steps
+from benchmarks import heads, layers, losses, mlps, steps
 from benchmarks.contest import Contest, hold
 from benchmarks.sizes import Sizes, default_lengths, default_sizes
 from benchmarks.tables import RESULTS, markdown
@@ -30,6 +30,7 @@ SECTIONS: dict[str, Callable[[Sizes, int, torch.dtype, torch.device], list[Conte
     "mlp": mlps.contest,
     "losses": losses.contest,
     "step": steps.contest,
+    "layers": layers.contest,
 }
 PEERS = ("liger-kernel", "cut-cross-entropy", "deepspeed", "triton")
 
@@ -91,6 +92,7 @@ USED = {
     "mlp": ("hidden", "intermediate"),
     "losses": ("hidden", "vocabulary"),
     "step": ("hidden", "intermediate", "vocabulary", "layers"),
+    "layers": ("hidden", "intermediate", "vocabulary", "layers"),
 }
 
 

@@ -37,11 +37,13 @@ def default_sizes(section: str, device: torch.device) -> Sizes:
     """What a section is measured at unless something else is asked for."""
     if device.type == "cuda":
         return GPU
-    return CPU_STEP if section == "step" else CPU_BLOCKS
+    return CPU_STEP if section in ("step", "layers") else CPU_BLOCKS
 
 
 def default_lengths(section: str, device: torch.device) -> list[int]:
     """The numbers of tokens; those of a default run on two CPU cores take less than 25 minutes in all."""
+    if section == "layers":
+        return [32768, 131072, 262144] if device.type == "cuda" else [2048, 8192]
     if device.type == "cuda":
         return [*([2048] if section == "step" else []), 8192, 32768, 65536]
     return {"losses": [1024, 4096], "step": [1024, 4096, 8192]}.get(section, [1024, 4096, 16384])

@@ -22,7 +22,7 @@ from lightning_mst.ops.chunking import mlp_num_chunks
 from lightning_mst.rewrite.costs import mlp_cost
 
 # In fp64 attention takes memory and time quadratic in S.
-_LONGEST_REFERENCE = 2048
+LONGEST_REFERENCE = 2048
 
 
 def contest(sizes: Sizes, length: int, dtype: torch.dtype, device: torch.device) -> list[Contest]:
@@ -72,7 +72,7 @@ def contest(sizes: Sizes, length: int, dtype: torch.dtype, device: torch.device)
             },
             peers={"DeepSpeed, recompute": patched_by_deepspeed, "Liger, recompute": patched_by_liger},
             values=lambda loss: {"loss": [loss], "dW": [weight.grad for weight in leaves]},
-            expected=reference if length <= _LONGEST_REFERENCE else None,
+            expected=reference if length <= LONGEST_REFERENCE else None,
         )
     ]
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_mst.in_backward.trainer import connect_optimizers, optimizers_in_backward
 from lightning_mst.memory.log import MemoryLog
 from lightning_mst.ops.chunking import Chunks
 from lightning_mst.rewrite.config import MSTConfig
@@ -27,6 +26,7 @@ from lightning_mst.training.auto_layers import check_auto_layers, settle_layers
 from lightning_mst.training.checks import check_model, check_trainer
 from lightning_mst.training.memory_monitor import MemoryMonitor
 from lightning_mst.training.one_step import loss_of_training_step
+from lightning_mst.training.optimizers import connect_optimizers, release_optimizers
 from lightning_mst.training.out_of_memory import RetryOutOfMemory, explain, is_out_of_memory
 from lightning_mst.training.predicted import HALF_PRECISION
 from lightning_mst.training.ranks import agree_on_longest, check_same_settings, num_replicas
@@ -48,6 +48,9 @@ class MSTCallback(Callback):
         mlp_chunks: as in ``MSTConfig``.
         lm_head_chunks: as in ``MSTConfig``.
         checkpoint_layers: as in ``MSTConfig``.
+        layer_chunks: as in ``MSTConfig``.
+        checkpoint_offload: as in ``MSTConfig``.
+        offload_fraction: as in ``MSTConfig``.
         mlp_modules: as in ``MSTConfig``.
         lm_head_module: as in ``MSTConfig``.
         log_memory: log every training step's peak memory as ``peak_memory_gib`` (GiB) to the loggers and the progress
@@ -100,20 +103,26 @@ class MSTCallback(Callback):
         device_memory: str | int | None = None,
         sequence_length: int | None = None,
         batch_size: int = 1,
+        layer_chunks: Chunks = None,
+        checkpoint_offload: Literal["inputs", "inputs+attention"] | None = None,
+        offload_fraction: float | Literal["auto"] = 0.0,
     ) -> None:
         if log_memory not in (True, False, "tensors"):
             raise ValueError(f"log_memory={log_memory!r} is not a choice. Expected True, False or 'tensors'.")
         if on_oom not in ("raise", "retry"):
             raise ValueError(f"on_oom={on_oom!r} is not a choice. Expected 'raise' or 'retry'.")
         self.config = MSTConfig(
-            mlp_chunks,
-            lm_head_chunks,
-            checkpoint_layers,
-            mlp_modules,
-            lm_head_module,
-            device_memory,
-            sequence_length,
-            batch_size,
+            mlp_chunks=mlp_chunks,
+            lm_head_chunks=lm_head_chunks,
+            checkpoint_layers=checkpoint_layers,
+            layer_chunks=layer_chunks,
+            checkpoint_offload=checkpoint_offload,
+            offload_fraction=offload_fraction,
+            mlp_modules=mlp_modules,
+            lm_head_module=lm_head_module,
+            device_memory=device_memory,
+            sequence_length=sequence_length,
+            batch_size=batch_size,
         )
         self.log_memory = log_memory
         self.verify = verify
@@ -276,8 +285,7 @@ class MSTCallback(Callback):
         return handle
 
     def _end(self, trainer: Trainer) -> None:
-        for optimizer in optimizers_in_backward(trainer):
-            optimizer.remove()
+        release_optimizers(trainer)
         self._stop_measuring()
         if self._undo is not None:
             self._undo.close()
@@ -291,7 +299,7 @@ class MSTCallback(Callback):
         rows = [row for row in self.handle.rows if row.rewritten]
         asleep = [row for row in rows if not pl_module.get_submodule(row.name).training]
         if asleep:
-            checkpointed = any(row.form == "checkpointed" for row in asleep)
+            checkpointed = any(row.form.startswith("checkpointed") for row in asleep)
             rank_zero_warn(
                 f"{len(asleep)} of the {len(rows)} rewritten modules (such as {asleep[0].name}) are in evaluation mode "
                 "during training, as Hugging Face's from_pretrained leaves a model and Lightning keeps it: dropout is "

@@ -14,9 +14,9 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_mst.frozen_base import check_same_base, describe_frozen, has_frozen_base, without_frozen
-from lightning_mst.in_backward.trainer import connect_optimizers
 from lightning_mst.metrics import Perplexity
 from lightning_mst.models import loss_of, takes_use_cache
+from lightning_mst.training.optimizers import connect_optimizers
 from lightning_mst.training.random_states import random_states, random_states_of_all_processes, set_random_states
 from lightning_mst.training.token_weights import TokenWeights
 
@@ -140,10 +140,10 @@ class CausalLM(pl.LightningModule):
 
     @override
     def on_fit_start(self) -> None:
-        """Lets optimizers step in the backward pass of the model as it is distributed, without an MSTCallback, too.
+        """Fits optimizers that step in the backward pass or on the host to the Trainer, without an MSTCallback, too.
 
         Raises:
-            MisconfigurationException: the Trainer needs all gradients at a time.
+            MisconfigurationException: the Trainer does what does not go with them.
         """
         connect_optimizers(self.trainer)
 

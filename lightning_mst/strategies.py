@@ -21,6 +21,7 @@ from lightning.pytorch.strategies import (
 )
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -28,6 +29,7 @@ from typing_extensions import override
 from lightning_mst.callback import MSTCallback
 from lightning_mst.rewrite.config import MSTConfig
 from lightning_mst.rewrite.handle import MSTHandle
+from lightning_mst.training.optimizers import check_deepspeed_optimizer
 from lightning_mst.training.sharding import (
     check_all_sharded,
     layer_policy,
@@ -242,5 +244,14 @@ class MSTDeepSpeedStrategy(_WithMST, DeepSpeedStrategy):
     """Lightning's DeepSpeed with mini-sequences; as ``strategy="mst_deepspeed_stage_2"``, ``"mst_deepspeed_stage_3"``,
     or ``"mst_deepspeed_stage_3_offload"``.
 
-    Under ZeRO-3 the weights of a rewritten block are gathered once for all its mini-sequences.
+    Under ZeRO-3 the weights of a rewritten block are gathered once for all its mini-sequences. With
+    ``offload_optimizer``, ``configure_optimizers`` has to make one of DeepSpeed's optimizers for the CPU, such as
+    ``DeepSpeedCPUAdam``.
     """
+
+    # Not public, but the only place between the making of the optimizer and DeepSpeed's taking it.
+    @override
+    def _init_optimizers(self) -> tuple[Optimizer, LRSchedulerConfig | None]:
+        optimizer, scheduler = super()._init_optimizers()
+        check_deepspeed_optimizer(self, optimizer)
+        return optimizer, scheduler

@@ -24,6 +24,7 @@ ERRORS = {
     "mlp-cpu": {"y", "dX", "dW"},
     "losses-cpu": {"loss", "dX", "dW"},
     "step-cpu": {"loss", "dW"},
+    "layers-cpu": {"loss", "dW"},
 }
 TINY = ["--hidden", "32", "--intermediate", "64", "--vocabulary", "512", "--layers", "1", "--head-size", "16"]
 

@@ -82,14 +82,52 @@ def configs_of(model: nn.Module) -> list[Any]:
     return list(found.values())
 
 
+def _results(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """The output, (B, H, S, D_v), and the log-sum-exp, (B, H, S), without values."""
+    # As the queries lie in memory; transformers copies what is not (B, S, H, D) then.
+    out = torch.empty_like(query)
+    if value.shape[-1] != query.shape[-1]:
+        out = out.new_empty(*query.shape[:-1], value.shape[-1])
+    return out, query.new_empty(query.shape[:-1], dtype=torch.promote_types(query.dtype, torch.float32))
+
+
+def _gradients(query: Tensor, key: Tensor, value: Tensor, by_tokens: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Of queries, keys and values, without values, (B, H, S, D) each.
+
+    Args:
+        query: as in the forward pass.
+        key: as in the forward pass.
+        value: as in the forward pass.
+        by_tokens: leave them as (B, S, H, D) in memory, whatever the inputs are.
+    """
+    if by_tokens:
+        dq, dk, dv = (t.new_empty(t.transpose(1, 2).shape).transpose(1, 2) for t in (query, key, value))
+    else:
+        dq, dk, dv = (torch.empty_like(t) for t in (query, key, value))
+    return dq, dk, dv
+
+
+# One operator each, as the kernels are: who keeps the results of attention, or counts what it computes, looks for them.
+_flash_attention = torch.library.custom_op(
+    "lightning_mst::flash_attention",
+    _results,
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor value) -> (Tensor, Tensor)",
+)
+_flash_attention.register_fake(_results)
+_flash_attention_backward = torch.library.custom_op(
+    "lightning_mst::flash_attention_backward",
+    _gradients,
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor value, bool by_tokens) -> (Tensor, Tensor, Tensor)",
+)
+_flash_attention_backward.register_fake(_gradients)
+
+
 class _Flash(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, workspace: bool, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        # As the queries lie in memory; transformers copies what is not (B, S, H, D) then.
-        out = torch.empty_like(query)
-        if value.shape[-1] != query.shape[-1]:
-            out = out.new_empty(*query.shape[:-1], value.shape[-1])
-        log_sum_exp = query.new_empty(query.shape[:-1], dtype=torch.promote_types(query.dtype, torch.float32))
+        out, log_sum_exp = _flash_attention(query, key, value)
         ctx.workspace = workspace
         ctx.save_for_backward(query, key, value, out, log_sum_exp)
         return out
@@ -97,10 +135,10 @@ class _Flash(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, _, log_sum_exp = ctx.saved_tensors
+        # A CPU's kernel leaves (B, S, H, D) whatever it was given.
+        grads = _flash_attention_backward(query, key, value, not ctx.workspace)
         if not ctx.workspace:
-            # A CPU's kernel leaves (B, S, H, D) whatever it was given.
-            return None, *(t.new_empty(t.transpose(1, 2).shape).transpose(1, 2) for t in (query, key, value))
-        grads = [torch.empty_like(t) for t in (query, key, value)]
+            return None, *grads
         held = [torch.empty_like(query, dtype=torch.float32), torch.empty_like(log_sum_exp)]
         if key.shape[1] != query.shape[1]:
             groups = query.shape[1] // key.shape[1]

@@ -25,13 +25,19 @@ STRATEGIES = {
     "fsdp2": "the units of mst_model_parallel; weights, gradients and optimizer states are sharded",
     "zero2": "as fsdp2, but weights that were gathered stay whole until their backward pass",
     "zero3": "as fsdp2",
+    "zero3_offload": "as zero3, with weights, gradients and optimizer states in the host's memory",
 }
 """By name: what they are modelled as."""
 
 
 def is_sharded(strategy: str) -> bool:
     """Whether a device holds only a part of each weight."""
-    return strategy in ("fsdp2", "zero2", "zero3")
+    return strategy in ("fsdp2", "zero2", "zero3", "zero3_offload")
+
+
+def is_offloaded(strategy: str) -> bool:
+    """Whether the host keeps the weights, gradients and optimizer states."""
+    return strategy == "zero3_offload"
 
 
 def check_strategy(strategy: str, num_devices: int) -> None:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_mst.in_backward.optimizer import OptimizerInBackward
+from lightning_mst.on_host.deepspeed import deepspeed_cpu_adam
+from lightning_mst.on_host.optimizer import OptimizerOnHost
 
 Make = Callable[..., Optimizer]
 
@@ -37,6 +39,11 @@ OPTIMIZERS: dict[str, tuple[Make, str]] = {
     "paged_adamw_8bit": (_bitsandbytes("PagedAdamW8bit"), "as adamw_8bit, in the host's memory while not in use"),
     "adafactor": (partial(torch.optim.Adafactor, lr=1e-2), "torch's; states of a few rows and columns"),
     "sgd": (partial(torch.optim.SGD, lr=0.1), "torch's without momentum: no states"),
+    "adamw_cpu_offload": (
+        partial(OptimizerOnHost, lr=1e-3),
+        "AdamW in the host's memory: weights, gradients and states",
+    ),
+    "deepspeed_cpu_adam": (deepspeed_cpu_adam, "DeepSpeed's AdamW in the host's memory, for strategy 'zero3_offload'"),
 }
 """By name: what makes it from parameters, and what it is."""
 
@@ -69,11 +76,15 @@ def make_optimizer(name: str, *, in_backward: bool = False) -> Callable[[nn.Modu
     return make_for
 
 
-def states_on_host(optimizer: Optimizer) -> list[Tensor]:
-    """The states that a paged optimizer of bitsandbytes keeps in the host's memory on a GPU.
+def tensors_on_host(optimizer: Optimizer) -> list[Tensor]:
+    """The tensors that an optimizer keeps in the host's memory where it trains a GPU's weights.
 
-    It moves what it needs, and back when the GPU is short of memory. Smaller ones stay on the GPU.
+    One on the host keeps there copies of the weights, the gradients and the states; pinned memory counts without what
+    torch rounds it up by. A paged one of bitsandbytes keeps its states there, and moves what it needs, and back when
+    the GPU is short of memory; small ones stay on the GPU.
     """
+    if isinstance(optimizer, OptimizerOnHost):
+        return optimizer.host_tensors
     paged = getattr(optimizer, "wrapped", optimizer)
     if not getattr(paged, "is_paged", False):
         return []

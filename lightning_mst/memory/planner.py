@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,46 +13,19 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_mst.configurations import conf_dir, names_of
-from lightning_mst.memory.longest import LONGEST, SHORTEST, least_number, longest
+from lightning_mst.memory.longest import SHORTEST, least_number
 from lightning_mst.memory.optimizers import make_optimizer
-from lightning_mst.memory.passes import passes_of
+from lightning_mst.memory.passes import Passes
 from lightning_mst.memory.prediction import Prediction
+from lightning_mst.memory.rungs import LADDER, RUNGS, Rung, Search, with_optimizer_on_host
 from lightning_mst.memory.setting import Setting, Training
 from lightning_mst.memory.sources import builder_of
-from lightning_mst.models import check_positions, count_parameters, num_positions
+from lightning_mst.models import check_positions, count_parameters
 from lightning_mst.rewrite.config import MSTConfig
 from lightning_mst.units import GIB, in_words, parse_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-RUNGS = ("off", "recompute", "paper", "auto")
-"""The settings of ``conf/mst`` that a plan compares: a ladder of ever longer sequences."""
-
-_COUNTED = 2 * 61
-"""Tokens of the step whose matmuls are counted; halves of it have no size that a weight would have."""
-
-
-@dataclass(frozen=True)
-class Rung:
-    """How far one setting gets.
-
-    Attributes:
-        mst: its name in ``conf/mst``.
-        config: the setting.
-        max_length: the longest sequence that fits, in tokens; 0 if none does.
-        prediction: the peak at that length, or ``None``.
-        mlp_passes: what a step costs in the MLPs, in units of one forward pass's matmuls (3 without recomputation);
-            ``nan`` for a model without MLPs in repeated layers.
-        curve: the (length, bytes on the device) that were tried, in order.
-    """
-
-    mst: str
-    config: MSTConfig
-    max_length: int
-    prediction: Prediction | None
-    mlp_passes: float
-    curve: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -81,6 +54,7 @@ class Plan:
         training: how it is trained.
         batch_size: B, sequences on each device.
         device_memory: bytes of each device.
+        host_memory: bytes of the host's memory for each device, or ``None`` where nothing limits them.
         rungs: how far each setting gets.
         wanted: what a given length takes, if one was given.
         notes: what was modelled, and what else there is to know.
@@ -92,6 +66,7 @@ class Plan:
     training: Training
     batch_size: int
     device_memory: int
+    host_memory: int | None
     rungs: tuple[Rung, ...]
     wanted: Wanted | None
     notes: tuple[str, ...]
@@ -103,6 +78,7 @@ class Plan:
             "parameters": self.parameters,
             "trainable_parameters": self.trainable_parameters,
             "device_memory_gib": self.device_memory / GIB,
+            "host_memory_gib": self.host_memory and self.host_memory / GIB,
             "batch_size": self.batch_size,
             "precision": self.training.precision,
             "strategy": self.training.strategy,
@@ -111,9 +87,10 @@ class Plan:
             "rungs": [
                 {
                     "mst": rung.mst,
+                    "optimizer": rung.optimizer,
                     "max_length": rung.max_length,
                     **_memory_dict(rung.prediction),
-                    "mlp_passes": None if math.isnan(rung.mlp_passes) else rung.mlp_passes,
+                    **_passes_dict(rung.passes),
                     "curve": [[length, size / GIB] for length, size in rung.curve],
                 }
                 for rung in self.rungs
@@ -140,6 +117,10 @@ def _memory_dict(prediction: Prediction | None) -> dict[str, Any]:
     }
 
 
+def _passes_dict(passes: Passes) -> dict[str, float | None]:
+    return {f"{part}_passes": None if math.isnan(number) else number for part, number in asdict(passes).items()}
+
+
 def peak_place(prediction: Prediction) -> str:
     """Where a peak is, for example ``"backward of layer 31, mlp"``."""
     return prediction.block if prediction.phase == "optimizer" else f"{prediction.phase} of {prediction.block}"
@@ -149,6 +130,7 @@ def plan(
     model: str | Path | PreTrainedConfig | nn.Module | Callable[[], nn.Module],
     *,
     device_memory: str | int = "80GiB",
+    host_memory: str | int | None = None,
     batch_size: int = 1,
     precision: str = "bf16-true",
     optimizer: str | Callable[[nn.Module], Optimizer | None] = "adamw",
@@ -157,6 +139,7 @@ def plan(
     accumulate_grad_batches: int = 1,
     sequence_length: int | None = None,
     mst: Sequence[str] = RUNGS,
+    ladder: bool = False,
     device: str = "cuda",
     prepare: Callable[[nn.Module], nn.Module] | None = None,
 ) -> Plan:
@@ -170,6 +153,7 @@ def plan(
         model: the name of a file of ``conf/model``; a local folder or a name on the Hugging Face hub (only the
             configuration is read); a transformers configuration; a function that builds a module; or a module.
         device_memory: of each device: ``"80GiB"`` (2**30 bytes each), ``"80GB"`` (10**9 each), or bytes.
+        host_memory: the host's for each device, in the same form. Default: not limited, only stated.
         batch_size: B, sequences on each device.
         precision: Lightning's name: ``"bf16-true"``, ``"bf16-mixed"``, ``"32-true"``, ...
         optimizer: a name that ``memory.optimizers.make_optimizer`` knows, such as ``"adamw_in_backward"``, or a
@@ -179,6 +163,7 @@ def plan(
         accumulate_grad_batches: batches for one step of the optimizer.
         sequence_length: a length that is wanted: finds the smallest numbers of mini-sequences that reach it.
         mst: settings of ``conf/mst`` to compare.
+        ladder: compare those of ``LADDER`` instead, and the last of them once more with the optimizer on the host.
         device: the kind of device: ``"cuda"`` or ``"cpu"``.
         prepare: what is made of the model before it trains, such as adapters on quantized weights.
 
@@ -190,10 +175,11 @@ def plan(
         TypeError: for a model that is none of these.
     """
     budget = parse_bytes(device_memory)
+    host = None if host_memory is None else parse_bytes(host_memory)
     _check_number("batch_size", batch_size)
     if sequence_length is not None:
         _check_number("sequence_length", sequence_length, least=2)
-    configs = {name: mst_setting(name) for name in mst}
+    configs = {name: mst_setting(name) for name in (LADDER if ladder else mst)}
     make = make_optimizer(optimizer) if isinstance(optimizer, str) else optimizer
     training = Training(
         precision=precision,
@@ -204,12 +190,17 @@ def plan(
         accumulate_grad_batches=accumulate_grad_batches,
         device=device,
     )
-    if isinstance(model, nn.Module):
-        name, setting = type(model).__name__, Setting(model, training)
-    else:
-        name, build = builder_of(model)
-        setting = Setting(build, training)
-    return plan_setting(name, setting, budget, configs, batch_size=batch_size, sequence_length=sequence_length)
+    name, source = (type(model).__name__, model) if isinstance(model, nn.Module) else builder_of(model)
+    return plan_setting(
+        name,
+        Setting(source, training),
+        budget,
+        configs,
+        host_memory=host,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        on_host=with_optimizer_on_host(source, training) if ladder else None,
+    )
 
 
 def plan_setting(
@@ -218,8 +209,10 @@ def plan_setting(
     budget: int,
     configs: dict[str, MSTConfig],
     *,
+    host_memory: int | None = None,
     batch_size: int = 1,
     sequence_length: int | None = None,
+    on_host: tuple[str, Setting] | None = None,
 ) -> Plan:
     """``plan`` for a model that is there.
 
@@ -228,18 +221,22 @@ def plan_setting(
         setting: the model and its training.
         budget: bytes of each device.
         configs: the settings to compare, by name.
+        host_memory: bytes of the host's memory for each device, if they are limited.
         batch_size: B.
         sequence_length: a length that is wanted.
+        on_host: an optimizer, and the training with that one: one more rung, with the last of the settings.
     """
     if sequence_length is not None:
         check_positions(setting.model, sequence_length)
-    rungs: list[Rung] = []
-    for rung, config in configs.items():
-        expected = max((before.max_length for before in rungs), default=0)
-        rungs.append(_rung(setting, rung, config, budget, batch_size, expected))
-    if not any(rung.max_length for rung in rungs):
+    search = Search(budget, host_memory, batch_size)
+    for mst, config in configs.items():
+        search.add(setting, mst, config)
+    if on_host is not None:
+        optimizer, with_optimizer = on_host
+        search.add(with_optimizer, mst, config, optimizer=optimizer)
+    if not any(rung.max_length for rung in search.rungs):
         least = (setting.predict(config, SHORTEST, batch_size) for config in configs.values())
-        raise _too_large(name, budget, min(least, key=lambda prediction: prediction.total))
+        raise _too_large(name, search, min(least, key=lambda prediction: prediction.total))
     wanted = None
     if sequence_length is not None:
         wanted = smallest_chunks(setting, sequence_length, batch_size, budget, _base(configs))
@@ -250,9 +247,10 @@ def plan_setting(
         training=setting.training,
         batch_size=batch_size,
         device_memory=budget,
-        rungs=tuple(rungs),
+        host_memory=host_memory,
+        rungs=tuple(search.rungs),
         wanted=wanted,
-        notes=tuple(_notes(setting)),
+        notes=tuple(_notes(setting, search)),
     )
 
 
@@ -270,28 +268,6 @@ def mst_setting(name: str) -> MSTConfig:
 def _check_number(name: str, value: object, least: int = 1) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} should be a whole number, {least} or more; got {value!r}.")
-
-
-def _rung(setting: Setting, name: str, config: MSTConfig, budget: int, batch_size: int, expected: int) -> Rung:
-    predictions: dict[int, Prediction] = {}
-
-    def total(length: int) -> int:
-        predictions[length] = setting.predict(config, length, batch_size)
-        return predictions[length].total
-
-    limit = min(LONGEST, num_positions(setting.model) or LONGEST)
-    found = longest(total, budget, limit=limit, expected=expected)
-    if len(predictions) == 2:  # the curve is not straight between them: mini-sequences begin at some length
-        total(math.isqrt(min(predictions) * max(predictions)))
-    curve = tuple((length, predictions[length].total) for length in sorted(predictions))
-    return Rung(name, config, found, predictions.get(found), _mlp_passes(setting, config), curve)
-
-
-def _mlp_passes(setting: Setting, config: MSTConfig) -> float:
-    """Two short mini-sequences cost what many long ones do in passes, and are counted in a second."""
-    short = replace(config, mlp_chunks=config.mlp_chunks and 2, lm_head_chunks=None, lm_head_module=None)
-    setting.rewrite(short)
-    return passes_of(setting.model, setting.step(_COUNTED), setting.fake)
 
 
 def smallest_chunks(
@@ -335,21 +311,27 @@ class TooLarge(ValueError):
     """The model does not fit the device, however short its sequences are."""
 
 
-def _too_large(name: str, budget: int, least: Prediction) -> TooLarge:
+def _too_large(name: str, search: Search, least: Prediction) -> TooLarge:
     parts = ", ".join(
         f"{in_words(n)} of {kind.replace('_', ' ')}" for kind, n in least.kinds.items() if n >= least.total / 100
     )
+    host = "" if search.host_memory is None else f" and {in_words(search.host_memory)} of the host"
+    on_host = f", and {in_words(least.host)} of the host" if least.host else ""
     return TooLarge(
-        f"{name} does not fit {in_words(budget)} at any length: {SHORTEST} tokens take {in_words(least.total)} "
-        f"({parts})."
+        f"{name} does not fit {in_words(search.budget)}{host} at any length: {SHORTEST} tokens take "
+        f"{in_words(least.total)} ({parts}){on_host}."
     )
 
 
-def _notes(setting: Setting) -> list[str]:
+def _notes(setting: Setting, search: Search) -> list[str]:
     notes = []
     if setting.device.is_gpu:
         notes.append(
             "Attention is modelled as the flash kernel of GPUs, linear in the length, also with windows and soft-caps."
         )
     notes.append(f"Overhead of the device: {setting.device.source}. Fragmentation is not modelled.")
+    if any(rung.prediction is not None and rung.prediction.host for rung in search.rungs):
+        limit = "not limited here" if search.host_memory is None else f"at most {in_words(search.host_memory)}"
+        each = "" if setting.training.num_devices == 1 else " for each device"
+        notes.append(f"Host: what a step keeps in the host's memory{each}, {limit}; other programs' comes on top.")
     return notes

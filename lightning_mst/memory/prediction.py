@@ -37,7 +37,7 @@ class Prediction:
             ``"buffers"`` holds the batch as well; ``"overhead"`` is the device's own.
         phase: ``"forward"``, ``"backward"`` or ``"optimizer"``.
         block: the block of the peak, such as ``"layer 31, mlp"``.
-        host: bytes in the host's memory.
+        host: the most bytes in the host's memory at any place of the step.
     """
 
     kinds: Mapping[str, int]
@@ -76,7 +76,9 @@ def predict(
     shallow = 4 if is_sharded(step.strategy) else 2
     peaks = peaks_of(model, lambda: rehearse(model, step, fake, vocab_size=vocab_size).peaks, shallow=shallow)
     role, peak = max(peaks.items(), key=lambda item: item[1].total)
-    return Prediction(_divided(peak, device), role.phase, _describe(role), peak.kinds.get("host", 0))
+    # What is on the host grows and shrinks on its own: where the device is fullest, it need not be.
+    host = max(at.kinds.get("host", 0) for at in peaks.values())
+    return Prediction(_divided(peak, device), role.phase, _describe(role), host)
 
 
 def vocab_size_of(model: nn.Module) -> int | None:

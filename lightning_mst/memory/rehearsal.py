@@ -17,13 +17,24 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_mst.in_backward.optimizer import OptimizerInBackward
 from lightning_mst.memory.attention import FlashAttention
-from lightning_mst.memory.distributed import attach, check_strategy, data_parallel, fake_group, is_sharded, shard
+from lightning_mst.memory.distributed import (
+    attach,
+    check_strategy,
+    data_parallel,
+    fake_group,
+    is_offloaded,
+    is_sharded,
+    shard,
+)
 from lightning_mst.memory.grouped_matmul import GroupedMatmul
 from lightning_mst.memory.known_values import KnownValues, is_integer
-from lightning_mst.memory.optimizers import states_on_host
+from lightning_mst.memory.optimizers import tensors_on_host
 from lightning_mst.memory.places import Places, blocks_of
 from lightning_mst.memory.quantized import give_quantization, with_scales
-from lightning_mst.memory.tensor_bytes import TensorBytes
+from lightning_mst.memory.tensor_bytes import Kind, TensorBytes
+from lightning_mst.on_host.deepspeed import RehearsedCPUAdam
+from lightning_mst.on_host.engine import without_accelerator
+from lightning_mst.on_host.optimizer import OptimizerOnHost
 from lightning_mst.ops.rehearsal import rehearsal
 
 
@@ -118,14 +129,16 @@ def rehearse(
         if any(parameter.dim() == 3 for parameter in model.parameters()):  # stacked experts
             stack.enter_context(GroupedMatmul())
         stack.enter_context(rehearsal())
+        stack.enter_context(without_accelerator())
         stack.enter_context(FlashAttention(kernel_workspace=step.on_gpu).used_by(model))
         # Before its bytes are followed: the values stay outside of the step.
         batch = fake_batch(step.batch, fake, values)
         stack.enter_context(places.followed())
         stack.enter_context(held)
-        held.count(with_scales(model.parameters()), "weights")
+        offloaded = is_offloaded(step.strategy)
+        held.count(with_scales(model.parameters()), "host" if offloaded else "weights")
         held.count(model.buffers(), "buffers")
-        stack.enter_context(_gradients_marked(trained, held))
+        stack.enter_context(_gradients_marked(trained, held, "host" if offloaded else "gradients"))
         run = partial(step.compute_loss, model)
         if step.strategy == "ddp":
             with held.counting("gradients"):
@@ -133,12 +146,18 @@ def rehearse(
                     data_parallel(model, step.compute_loss, gradient_as_bucket_view=step.gradient_as_bucket_view)
                 )
         optimizer = step.make_optimizer(model)
-        if isinstance(optimizer, OptimizerInBackward):
+        if isinstance(optimizer, RehearsedCPUAdam) and not offloaded:
+            raise ValueError(
+                "DeepSpeed's CPU Adam steps what DeepSpeed keeps in the host's memory, got"
+                f" strategy={step.strategy!r}. Set strategy='zero3_offload', or another optimizer; on one device,"
+                " 'adamw_cpu_offload'."
+            )
+        if isinstance(optimizer, (OptimizerInBackward, OptimizerOnHost)):
             stack.callback(optimizer.remove)
         if step.strategy == "ddp":
             attach(optimizer, ddp)
         if optimizer is not None:
-            _give_states(optimizer, trained, held, places, on_gpu=step.on_gpu)
+            _give_states(optimizer, trained, held, places, step)
         if step.strategy == "ddp" and step.gradient_as_bucket_view:
             for parameter in trained:  # theirs live in the buckets
                 parameter.grad = None
@@ -156,7 +175,9 @@ def rehearse(
         del loss
         places.phase = "optimizer"
         if optimizer is not None:
-            optimizer.step()
+            # What it needs in between is where it runs.
+            with held.counting("host") if isinstance(optimizer, OptimizerOnHost) else nullcontext():
+                optimizer.step()
         held.freeze()
         for parameter in trained:
             parameter.grad = None
@@ -164,10 +185,10 @@ def rehearse(
 
 
 @contextmanager
-def _gradients_marked(trained: list[nn.Parameter], held: TensorBytes) -> Iterator[None]:
+def _gradients_marked(trained: list[nn.Parameter], held: TensorBytes, kind: Kind) -> Iterator[None]:
     def mark(parameter: Tensor) -> None:
         if parameter.grad is not None:
-            held.count([parameter.grad], "gradients")
+            held.count([parameter.grad], kind)
 
     # Before those of an optimizer that steps in the backward pass.
     hooks = [parameter.register_post_accumulate_grad_hook(mark) for parameter in trained]
@@ -179,24 +200,24 @@ def _gradients_marked(trained: list[nn.Parameter], held: TensorBytes) -> Iterato
 
 
 def _give_states(
-    optimizer: Optimizer, trained: list[nn.Parameter], held: TensorBytes, places: Places, *, on_gpu: bool
+    optimizer: Optimizer, trained: list[nn.Parameter], held: TensorBytes, places: Places, step: Step
 ) -> None:
     """Takes a first step, which leaves the optimizer's states and, as in Lightning, the gradients."""
     inner = getattr(optimizer, "wrapped", optimizer)
-    if on_gpu:
+    if step.on_gpu and not isinstance(optimizer, OptimizerOnHost):
         for group in optimizer.param_groups:
             # What torch chooses by itself on a GPU, but for Adafactor.
             if group.get("foreach", True) is None and not group.get("fused") and not isinstance(inner, Adafactor):
                 group["foreach"] = True
     for parameter in trained:
         parameter.grad = torch.empty_like(parameter)
-        held.count([parameter.grad], "gradients")
+        held.count([parameter.grad], "host" if is_offloaded(step.strategy) else "gradients")
     places.phase = "optimizer"
     optimizer.step()
     held.count((t for state in optimizer.state.values() for t in tree_leaves(state) if isinstance(t, Tensor)),
-               "optimizer_states")  # fmt: skip
-    if on_gpu:
-        held.count(states_on_host(optimizer), "host")
+               "host" if is_offloaded(step.strategy) else "optimizer_states")  # fmt: skip
+    if step.on_gpu or isinstance(optimizer, OptimizerOnHost):
+        held.count(tensors_on_host(optimizer), "host")
     if isinstance(optimizer, OptimizerInBackward):
         optimizer.zero_grad()
 

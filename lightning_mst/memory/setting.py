@@ -39,7 +39,7 @@ class Training:
         precision: Lightning's name of it, such as ``"bf16-true"``.
         make_optimizer: from the model to its optimizer; see ``memory.optimizers``.
         prepare: what is made of the model before it trains (quantized, with adapters), in place or as another module.
-        strategy: ``"single"``, ``"ddp"``, ``"fsdp2"``, ``"zero2"`` or ``"zero3"``.
+        strategy: ``"single"``, ``"ddp"``, ``"fsdp2"``, ``"zero2"``, ``"zero3"`` or ``"zero3_offload"``.
         num_devices: over how many devices.
         accumulate_grad_batches: batches for one step of the optimizer.
         compute_loss: from the model and a batch of ``input_ids`` and ``labels``, int64 (B, S), to the loss.

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from typing_extensions import Self
 
 from lightning_mst.memory.places import Place, Places
+from lightning_mst.ops.host_memory import is_allocating_on_host
 
 _DEVICE = torch.ops.prim.device.default
 Unit = tuple[str, str] | None
@@ -175,6 +176,8 @@ class TensorBytes(TorchDispatchMode):
         torch.UntypedStorage.resize_ = self._resize_storage
 
     def _kind_of(self, tensor: Tensor) -> Kind:
+        if is_allocating_on_host():
+            return "host"
         if self._kind is not None:
             return self._kind
         if tensor.shape[-1:] == (self._vocab_size,) and self._place_phase() != "optimizer":

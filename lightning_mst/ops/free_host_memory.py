@@ -1,4 +1,4 @@
-"""How much memory the host has left for this process."""
+"""How much memory the host has left, and how many processes share it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import os
 import re
 import sys
 from pathlib import Path
+
+import torch
+import torch.distributed as dist
 
 _MEMINFO = Path("/proc/meminfo")
 _OWN_GROUPS = Path("/proc/self/cgroup")
@@ -19,6 +22,16 @@ def free_host_memory() -> int:
     What the page cache holds counts as free, as the kernel gives it up.
     """
     return min([_of_machine(), *_of_groups(_OWN_GROUPS, _GROUPS)])
+
+
+def processes_here() -> int:
+    """How many processes of a distributed run share this machine's memory."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 1
+    if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun's
+        return int(os.environ["LOCAL_WORLD_SIZE"])
+    devices = torch.accelerator.device_count()
+    return min(dist.get_world_size(), devices) if devices else dist.get_world_size()
 
 
 def _of_machine() -> int:

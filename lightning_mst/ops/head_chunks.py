@@ -16,7 +16,7 @@ from lightning_mst.ops.rehearsal import walk
 
 HALF = (torch.float16, torch.bfloat16)
 # Half-precision weight gradients are added to their fp32 sum in so many slices of the vocabulary.
-_WEIGHT_SLICES = 16
+WEIGHT_SLICES = 16
 
 
 def head_chunks(
@@ -88,7 +88,7 @@ class LinearChunks:
         if weight_grad is not None and weight_grad.dtype == grad.dtype:
             weight_grad.addmm_(grad.t(), self._rows)
         elif weight_grad is not None:
-            slices = chunk_bounds(weight_grad.shape[0], min(_WEIGHT_SLICES, weight_grad.shape[0]))
+            slices = chunk_bounds(weight_grad.shape[0], min(WEIGHT_SLICES, weight_grad.shape[0]))
             for low, high in walk(slices):
                 weight_grad[low:high] += grad[:, low:high].t() @ self._rows
         if bias_grad is not None:

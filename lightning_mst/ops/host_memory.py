@@ -65,9 +65,10 @@ class HostMemory:
         pinned = _can_pin(device)
         try:
             for slab_bytes in _slab_sizes(size):
-                free = self._free[slab_bytes, pinned]
-                slab = free.pop() if free and not is_rehearsing() else self._allocate(slab_bytes, pinned)
-                self.in_use += slab_bytes
+                slab = self._take_free(slab_bytes, pinned)
+                if slab is None:
+                    slab = self._allocate(slab_bytes, pinned)
+                self.in_use += slab.nbytes
                 taken.append(slab)
         except NotEnoughHostMemory:
             self.give_back(taken)
@@ -92,6 +93,14 @@ class HostMemory:
         if pinned:
             # torch keeps pinned memory for itself otherwise. Public as torch.accelerator.empty_host_cache only later.
             torch._C._host_emptyCache()
+
+    def _take_free(self, size: int, pinned: bool) -> Tensor | None:
+        """A slab of this size, or the next larger one that there is."""
+        while size <= SLAB_BYTES and not is_rehearsing():
+            if free := self._free[size, pinned]:
+                return free.pop()
+            size *= 2
+        return None
 
     def _allocate(self, size: int, pinned: bool) -> Tensor:
         what = f"{in_words(size)} more of {'pinned ' if pinned else ''}host memory"

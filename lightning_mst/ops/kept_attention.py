@@ -13,7 +13,6 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from lightning_mst.ops.context import RNGState
 from lightning_mst.ops.region import Region
-from lightning_mst.ops.rehearsal import is_rehearsing
 
 # Fused kernels are single operators: torch's own (aten::_scaled_dot_product_flash_attention and others), flex
 # attention, those of the flash-attn packages. They return the output and the log-sum-exp of the scores, of which their
@@ -56,12 +55,12 @@ class _KeepAttention(_Attentions):
     """Runs attention and keeps its results."""
 
     def _attention(self, func: Any, args: Any, kwargs: Any) -> Any:
-        device = next(leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
-        random = RNGState(device)
+        query = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        random = RNGState(query.device)
         result = func(*args, **kwargs)
         leaves, structure = tree_flatten(result)
-        # What the layer draws after attention's dropout must be drawn again from there. A rehearsal draws nothing.
-        drawn = None if is_rehearsing() or random.is_current() else RNGState(device)
+        # What the layer draws after attention's dropout must be drawn again from there.
+        drawn = None if random.is_current() else RNGState(query.device)
         self._region.keep([func, structure, drawn, *leaves])
         self._region.has_attention = True
         return result

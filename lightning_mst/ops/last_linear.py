@@ -22,7 +22,7 @@ from lightning_mst.ops.metadata import needs_no_values
 
 
 class FindLastLinear(TorchFunctionMode):
-    """Watches one run of a block and tells which of its ``F.linear`` calls gives the block's output."""
+    """Watches one run of a block and tells which of its linear layers gives the block's output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,15 +36,16 @@ class FindLastLinear(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        kwargs = kwargs or {}
-        used = not needs_no_values(func) and any(t is self._last for t in tree_leaves((args, kwargs)))
-        if self._last is not None and used:
+        linear = as_linear(func, args, kwargs)
+        result = func(*args, **(kwargs or {}))
+        if linear is not None:
+            self._calls += 1
+            self._last = result if is_plain(*linear[:2]) else None
+        elif self._last is not None and _passes_on(func, args, kwargs, self._last):
+            self._last = result
+        elif not needs_no_values(func) and any(t is self._last for t in tree_leaves((args, kwargs or {}))):
             # Somebody reads or changes its value: an in-place activation, a forward hook.
             self._last = None
-        result = func(*args, **kwargs)
-        if func is F.linear:
-            self._calls += 1
-            self._last = result if is_plain(*args[:2]) else None
         return result
 
     def index(self, output: object) -> int | None:
@@ -53,7 +54,7 @@ class FindLastLinear(TorchFunctionMode):
 
 
 class SkipLastLinear(TorchFunctionMode):
-    """Replaces one ``F.linear`` call by one that has a gradient and no value."""
+    """Replaces one linear layer's call by one that has a gradient and no value."""
 
     def __init__(self, index: int) -> None:
         super().__init__()
@@ -68,12 +69,40 @@ class SkipLastLinear(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func is F.linear:
+        linear = as_linear(func, args, kwargs)
+        if linear is not None:
             self._calls += 1
             if self._calls - 1 == self._index:
-                self.skipped = linear_without_value(*args, **(kwargs or {}))
+                self.skipped = linear_without_value(*linear)
                 return self.skipped
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if self.skipped is not None and _passes_on(func, args, kwargs, self.skipped):
+            self.skipped = result
+        return result
+
+
+def _passes_on(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, result: Tensor
+) -> bool:
+    """Whether a function of a linear layer's result can be differentiated without its value: dropout, another shape."""
+    if func not in (Tensor.view, Tensor.reshape, F.dropout) or not args or args[0] is not result:
+        return False
+    return not (func is F.dropout and ((len(args) > 3 and args[3]) or (kwargs or {}).get("inplace")))
+
+
+def as_linear(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any] | None
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """The (input, weight, bias) of ``F.linear`` for a call of a torch function that computes the same, or ``None``."""
+    options = dict(kwargs or {})
+    if func is F.linear:
+        bias = args[2] if len(args) > 2 else options.get("bias")
+        input = args[0] if args else options["input"]
+        return input, args[1] if len(args) > 1 else options["weight"], bias
+    # GPT-2's layers, whose weights are (D, D_out).
+    if func is torch.addmm and len(args) == 3 and not options and args[0].dim() == 1:
+        return args[1], args[2].t(), args[0]
+    return None
 
 
 def is_plain(input: Tensor, weight: Tensor) -> bool:

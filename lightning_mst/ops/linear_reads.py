@@ -9,29 +9,36 @@ is found out once, by running the block with other values in the place of a resu
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
-from lightning_mst.ops.last_linear import is_plain, linear_of_value
+from lightning_mst.ops.last_linear import as_linear, is_plain, linear_of_value
 
 
 @dataclass(frozen=True)
 class LinearReads:
-    """Which ``F.linear`` calls of a block have results that its backward pass reads.
+    """Which linear layers of a block have results that its backward pass reads.
 
     Attributes:
-        calls: how many such calls one run of the block makes.
+        calls: how many linear layers one run of the block goes through.
         read: the positions of those whose results are read.
+        shown: the positions of those of whose results the block's output is made. They are read where something comes
+            after the block that reads its output.
     """
 
     calls: int
     read: frozenset[int]
+    shown: frozenset[int]
+
+    def with_output_read(self) -> LinearReads:
+        """The same for a block that goes on with something that reads its output, as a norm does."""
+        return replace(self, read=self.read | self.shown)
 
 
 def find_linear_reads(block: Callable[..., Any], inputs: Sequence[Tensor]) -> LinearReads:
@@ -43,14 +50,18 @@ def find_linear_reads(block: Callable[..., Any], inputs: Sequence[Tensor]) -> Li
         inputs: a few tokens; those that may need a gradient need one.
     """
     counter = _Replace(None)
-    _saved(block, inputs, counter)
-
-    def is_read(index: int) -> bool:
-        expected = _saved(block, inputs, _Replace(index))
+    _run(block, inputs, counter)
+    read, shown = set(), set()
+    for index in range(counter.calls):
+        saved, output = _run(block, inputs, _Replace(index))
         # Twice: what is saved may be as coarse as a comparison with zero.
-        return any(_differ(expected, _saved(block, inputs, _Replace(index, seed))) for seed in (0, 1))
-
-    return LinearReads(counter.calls, frozenset(i for i in range(counter.calls) if is_read(i)))
+        for seed in (0, 1):
+            other_saved, other_output = _run(block, inputs, _Replace(index, seed))
+            if _differ(saved, other_saved):
+                read.add(index)
+            if _differ(output, other_output):
+                shown.add(index)
+    return LinearReads(counter.calls, frozenset(read), frozenset(shown))
 
 
 class KeepRead(TorchFunctionMode):
@@ -75,8 +86,9 @@ class KeepRead(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func is F.linear:
-            if self.calls in self._read and is_plain(*args[:2]):
+        linear = as_linear(func, args, kwargs)
+        if linear is not None:
+            if self.calls in self._read and is_plain(*linear[:2]):
                 # A copy, as what follows may work in place.
                 self.kept[self.calls] = result.clone()
             self.calls += 1
@@ -102,12 +114,13 @@ class ReplayLinears(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func is not F.linear:
+        linear = as_linear(func, args, kwargs)
+        if linear is None:
             return func(*args, **(kwargs or {}))
         index, self._calls = self._calls, self._calls + 1
-        if not is_plain(*args[:2]):
+        if not is_plain(*linear[:2]):
             return func(*args, **(kwargs or {}))
-        return linear_of_value(self._known.get(index), *args, **(kwargs or {}))
+        return linear_of_value(self._known.get(index), *linear)
 
 
 class _Replace(TorchFunctionMode):
@@ -127,7 +140,8 @@ class _Replace(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func is not F.linear:
+        linear = as_linear(func, args, kwargs)
+        if linear is None:
             return result
         index, self.calls = self.calls, self.calls + 1
         if index != self._index:
@@ -135,11 +149,13 @@ class _Replace(TorchFunctionMode):
         value = result.detach()
         if self._seed is not None:
             value = torch.randn(value.shape, generator=torch.Generator().manual_seed(self._seed), dtype=value.dtype)
-        return linear_of_value(value, *args, **(kwargs or {}))
+        return linear_of_value(value, *linear)
 
 
-def _saved(block: Callable[..., Any], inputs: Sequence[Tensor], mode: TorchFunctionMode) -> list[Tensor]:
-    """What autograd saves in one run."""
+def _run(
+    block: Callable[..., Any], inputs: Sequence[Tensor], mode: TorchFunctionMode
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What autograd saves in one run, and the output."""
     saved: list[Tensor] = []
 
     def note(tensor: Tensor) -> Tensor:
@@ -148,8 +164,8 @@ def _saved(block: Callable[..., Any], inputs: Sequence[Tensor], mode: TorchFunct
 
     leaves = [t.detach().requires_grad_(t.requires_grad) for t in inputs]
     with torch.enable_grad(), saved_tensors_hooks(note, lambda tensor: tensor), mode:
-        block(*leaves)
-    return saved
+        output = block(*leaves)
+    return saved, [t.detach() for t in tree_leaves(output)]
 
 
 def _differ(these: list[Tensor], those: list[Tensor]) -> bool:

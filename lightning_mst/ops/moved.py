@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import cache
 from typing import Any
 
@@ -40,7 +41,7 @@ class Moved:
         self._memory = memory
         tensor = _dense(tensor.detach())
         self._shape, self._stride, self._dtype = tensor.shape, tensor.stride(), tensor.dtype
-        self._lane = _lane(tensor.device)
+        self._lane = lane_of(tensor.device)
         self._version = tensor._version
         self._slabs = memory.take(tensor.nbytes, tensor.device)
         self._here = tensor
@@ -111,7 +112,7 @@ def _pairs(slabs: list[Tensor], tensor: Tensor, *, to_host: bool) -> list[tuple[
     return pairs
 
 
-class _Lane:
+class Lane:
     """The copies between one device and the host, one after the other."""
 
     def __init__(self, device: torch.device) -> None:
@@ -136,6 +137,21 @@ class _Lane:
         if copied is not None:
             self._module.current_stream(self.device).wait_event(copied)
 
+    def mark(self) -> Any:
+        """A moment of the computation, for ``seconds_between``."""
+        if self._module is None:
+            return time.perf_counter()
+        event = self._module.Event(enable_timing=True)
+        event.record(self._module.current_stream(self.device))
+        return event
+
+    def seconds_between(self, start: Any, end: Any) -> float:
+        """How long the device computed from one moment to another; waits for the second one."""
+        if self._module is None:
+            return float(end - start)
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1000
+
 
 def _copy_all(pairs: list[tuple[Tensor, Tensor]]) -> None:
     for to, source in pairs:
@@ -143,5 +159,6 @@ def _copy_all(pairs: list[tuple[Tensor, Tensor]]) -> None:
 
 
 @cache
-def _lane(device: torch.device) -> _Lane:
-    return _Lane(device)
+def lane_of(device: torch.device) -> Lane:
+    """The one between a device and the host."""
+    return Lane(device)

@@ -27,12 +27,14 @@ class Region:
         fraction: as given.
         is_recomputing: whether the call is repeated for the backward pass.
         has_attention: whether results of attention are among what is kept.
+        movable_bytes: of what ``fraction`` is about, for all tokens.
     """
 
     def __init__(self, memory: HostMemory, before: Region | None = None, fraction: float = 0.0) -> None:
         self.fraction = fraction
         self.is_recomputing = False
         self.has_attention = False
+        self.movable_bytes = 0
         self._memory = memory
         # Weakly: what the backward pass is done with gives its memory back.
         self._before = None if before is None else weakref.ref(before)

@@ -33,6 +33,7 @@ from lightning_mst.ops.context import AutocastState, RNGState, drop_autocast_cop
 from lightning_mst.ops.gradients import GradientSums, check_graph
 from lightning_mst.ops.last_linear import FindLastLinear, SkipLastLinear
 from lightning_mst.ops.linear_reads import KeepRead, LinearReads, ReplayLinears
+from lightning_mst.ops.region import Region, current_region
 from lightning_mst.ops.rehearsal import walk
 
 Block = Callable[..., Tensor | tuple[Tensor, ...]]
@@ -52,6 +53,7 @@ def token_wise(
     keep_single_chunk: bool = True,
     exactly: bool = False,
     reads: LinearReads | None = None,
+    movable: bool = False,
 ) -> Any:
     """Runs a block that treats every token alike over mini-sequences, with the same output and the same gradients.
 
@@ -75,6 +77,9 @@ def token_wise(
             communicate must have the same number of them.
         reads: which results of the block's linear layers its backward pass reads, from ``find_linear_reads``. These are
             kept, (tokens, D_out) each, and no linear layer is run again. Default: all but the last are run again.
+        movable: whether a checkpointed layer that moves results of a fraction of its tokens to the host (``Region``)
+            may do so with this block's, in whole mini-sequences and never the last one. They are then not computed
+            again with the layer.
 
     Returns:
         What ``module_or_fn(x)`` returns: (\\*lead, D_out), or a tuple of such.
@@ -97,7 +102,7 @@ def token_wise(
     if parameters is None:
         parameters = module_or_fn.parameters() if isinstance(module_or_fn, nn.Module) else ()
     weights = tuple(dict.fromkeys(parameters))
-    run = _Run(module_or_fn, weights, lead, chunks, reads)
+    run = _Run(module_or_fn, weights, lead, chunks, reads, movable)
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *weights))):
         if torch.is_grad_enabled():
             run.check_no_graph(inputs)
@@ -131,6 +136,7 @@ class _Run:
         lead: torch.Size,
         num_chunks: int,
         reads: LinearReads | None = None,
+        movable: bool = False,
     ) -> None:
         self.block = block
         self.weights = weights
@@ -141,6 +147,7 @@ class _Run:
         self.returns_tuple = False
         self.last_linear: int | None = None
         self.reads = reads
+        self._movable = movable
         # By position of the linear layer, its results (tokens, D_out): on their way from one node to the other.
         self.kept: dict[int, Tensor] = {}
         self.output_grads: tuple[Tensor, ...] = ()
@@ -155,33 +162,74 @@ class _Run:
         return _tokens(whole, len(self.lead), start, stop).reshape(*(1,) * (len(self.lead) - 1), stop - start, *rest)
 
     def forward(self, inputs: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
-        """All chunks, without a graph."""
+        """All chunks, without a graph, but those whose results the layer has on the host."""
         self.autocast = AutocastState.now(inputs[0].device)
-        whole: list[Tensor] = []
+        region = current_region() if self._movable else None
+        moved = 0 if region is None else self._num_moved(region.fraction)
+        recalls = moved > 0 and region is not None and region.is_recomputing
+        whole = self._recall(region, moved) if region is not None and recalls else []
+        drawn: RNGState | None = None
         with torch.no_grad():
-            for index, (start, stop) in enumerate(walk(self.bounds)):
-                find = FindLastLinear() if index == 0 and self.reads is None else nullcontext()
-                keep = KeepRead(self.reads.read) if self.reads is not None else nullcontext()
-                with find, keep:
-                    result = self.block(*(self.piece(t, start, stop) for t in inputs))
-                if isinstance(find, FindLastLinear):
-                    self.last_linear = find.index(result)
-                if isinstance(keep, KeepRead):
-                    self._keep(keep, start, stop)
-                if index == 0:
-                    self.returns_tuple = not isinstance(result, Tensor)
-                outputs = tuple(result) if self.returns_tuple else (result,)
-                self._check_outputs(outputs, stop - start)
-                if index == 0:
+            for start, stop in walk(self.bounds):
+                if recalls and stop <= moved:
+                    continue
+                outputs = self._run_chunk(inputs, start, stop, is_first=not whole)
+                if not whole:
                     rest = [t.shape[len(self.lead) :] for t in outputs]
                     # In its final shape at once: autograd forbids to write to a view that a node returned.
                     whole = [t.new_empty(*self.lead, *r) for t, r in zip(outputs, rest, strict=True)]
                 for into, part in zip(whole, outputs, strict=True):
                     rows = self.rows(into)
                     rows[start:stop] = part.reshape(stop - start, *rows.shape[1:])
+                if stop == moved and self.rng is not None and not self.rng.is_current():
+                    drawn = RNGState(inputs[0].device)
         if self.autocast.enabled:
             drop_autocast_copies()
+        if region is not None and not region.is_recomputing:
+            region.movable_bytes += sum(t.nbytes for t in (*whole, *self.kept.values()))
+        if moved and region is not None and not recalls:
+            found = (self.returns_tuple, self.last_linear, self.reads, list(self.kept), drawn)
+            region.keep([found, *(self.rows(t)[:moved] for t in whole), *(t[:moved] for t in self.kept.values())])
         return tuple(whole) if self.returns_tuple else whole[0]
+
+    def _run_chunk(self, inputs: tuple[Tensor, ...], start: int, stop: int, *, is_first: bool) -> tuple[Tensor, ...]:
+        find = FindLastLinear() if is_first and self.reads is None else nullcontext()
+        keep = KeepRead(self.reads.read) if self.reads is not None else nullcontext()
+        with find, keep:
+            result = self.block(*(self.piece(t, start, stop) for t in inputs))
+        if isinstance(find, FindLastLinear):
+            self.last_linear = find.index(result)
+        if isinstance(keep, KeepRead):
+            self._keep(keep, start, stop)
+        if is_first:
+            self.returns_tuple = not isinstance(result, Tensor)
+        outputs = tuple(result) if self.returns_tuple else (result,)
+        self._check_outputs(outputs, stop - start)
+        return outputs
+
+    def _num_moved(self, fraction: float) -> int:
+        """How many of the first tokens are kept on the host.
+
+        Whole chunks, as random numbers are drawn for such; and not the last one, as those who called the block learn
+        from it what else it says.
+        """
+        return max((stop for _, stop in self.bounds[:-1] if stop <= fraction * self.lead.numel()), default=0)
+
+    def _recall(self, region: Region, moved: int) -> list[Tensor]:
+        """What ``region.keep`` was given, in tensors of all tokens."""
+        found, *parts = region.kept()
+        self.returns_tuple, self.last_linear, self.reads, positions, drawn = found
+        count = len(parts) - len(positions)
+        whole = [part.new_empty(*self.lead, *part.shape[1:]) for part in parts[:count]]
+        self.kept = {
+            position: part.new_empty(self.lead.numel(), *part.shape[1:])
+            for position, part in zip(positions, parts[count:], strict=True)
+        }
+        for into, part in zip([*map(self.rows, whole), *self.kept.values()], parts, strict=True):
+            into[:moved] = part
+        if drawn is not None:
+            drawn.restore()
+        return whole
 
     def _keep(self, keep: KeepRead, start: int, stop: int) -> None:
         """Puts the results of one chunk's linear layers to the other chunks'."""

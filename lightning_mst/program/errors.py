@@ -13,6 +13,7 @@ __all__ = ["ConfigurationError", "configuration_of"]
 EXTRAS = {
     "bitsandbytes": "quantized",
     "datasets": "data",
+    "deepspeed": "deepspeed",
     "peft": "peft",
     "tensorboard": "loggers",
     "torchao": "quantized",

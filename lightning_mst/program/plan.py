@@ -55,6 +55,7 @@ def _plan(arguments: Arguments) -> None:
     from rich.console import Console
 
     from lightning_mst.memory.planner import plan_setting
+    from lightning_mst.memory.rungs import LADDER, with_optimizer_on_host
     from lightning_mst.memory.setting import Setting
     from lightning_mst.program.plan_config import compose_runs, mst_config, read_run
     from lightning_mst.program.plan_table import show
@@ -63,16 +64,22 @@ def _plan(arguments: Arguments) -> None:
     output = arguments.output or (None if to_stdout else DEFAULT_OUTPUT)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
-    configs = compose_runs(arguments.settings, arguments.overrides)
+    configs = compose_runs(LADDER if arguments.ladder else arguments.settings, arguments.overrides)
     settings = {name: mst_config(config) for name, config in configs.items()}
     run = read_run(next(iter(configs.values())))
     memory, memory_of = _device_memory(arguments.memory, run)
     with Console(stderr=True).status(f"Planning {run.model}"), _advice(run):
-        setting = Setting(run.build_model, run.training)
         plan = plan_setting(
-            run.model, setting, memory, settings, batch_size=run.batch_size, sequence_length=arguments.length
+            run.model,
+            Setting(run.build_model, run.training),
+            memory,
+            settings,
+            host_memory=arguments.host_memory,
+            batch_size=run.batch_size,
+            sequence_length=arguments.length,
+            on_host=with_optimizer_on_host(run.build_model, run.training) if arguments.ladder else None,
         )
-    report = {**plan.as_dict(), **run.as_dict(), "device_memory_of": memory_of}
+    report = {**plan.as_dict(), **run.as_dict(), "device_memory_of": memory_of, "ladder": arguments.ladder}
     numbers = json.dumps(report, indent=2) + "\n"
     if to_stdout:
         print(numbers, end="")
@@ -110,10 +117,11 @@ def _advice(run: Run) -> Iterator[None]:
 def _draw(report: dict[str, Any], path: Path) -> str:
     """Draws the figure, if that is possible, and says so."""
     try:
+        from lightning_mst.program.ladder_plot import plot_ladder
         from lightning_mst.program.plan_plot import plot_plan
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "matplotlib":
             raise
         return "\nNo figure without matplotlib: pip install 'lightning-mst[plots]'"
-    plot_plan(report, path)
+    (plot_ladder if report["ladder"] else plot_plan)(report, path)
     return f", {path.name}"

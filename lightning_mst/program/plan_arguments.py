@@ -24,7 +24,9 @@ class Arguments:
 
     Attributes:
         settings: Mini-sequence settings to plan.
+        ladder: Plan those that lead to the longest sequences instead.
         memory: Bytes of each device; None: as much as the one that is there has.
+        host_memory: Bytes of the host's memory for each device; None: not limited.
         length: A sequence length that is wanted, in tokens.
         output: Folder for the figure and the numbers.
         json: A file for the numbers, or ``"-"`` for stdout and nothing else there.
@@ -33,7 +35,9 @@ class Arguments:
     """
 
     settings: list[str]
+    ladder: bool
     memory: int | None
+    host_memory: int | None
     length: int | None
     output: Path | None
     json: str | None
@@ -54,6 +58,8 @@ def parse(argv: Sequence[str]) -> Arguments:
         "the run that `lightning-mst train` with the same overrides would be.",
         epilog="examples:\n"
         "  lightning-mst plan model=llama3_8b precision=bf16-true optimizer=adamw_in_backward\n"
+        "  lightning-mst plan --ladder --host-memory 512GiB model=llama3_8b precision=bf16-true "
+        "optimizer=adamw_in_backward\n"
         "  lightning-mst plan --memory 24GiB --length 32768 model=hf model.name=my/local/folder precision=nf4-lora\n"
         "  lightning-mst plan --json model=llama3_8b precision=bf16-true strategy=mst_model_parallel trainer.devices=8",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -64,9 +70,21 @@ def parse(argv: Sequence[str]) -> Arguments:
         help=f"of each device: 80GiB, 24GB, ... (default: that of the GPU here, or else {DEFAULT_MEMORY})",
     )
     parser.add_argument(
+        "--host-memory",
+        metavar="SIZE",
+        help="of the host, for each device: activations and optimizer states that are kept there fit into it "
+        "(default: not limited, only stated)",
+    )
+    parser.add_argument(
         "--length", metavar="TOKENS", help="find the smallest numbers of mini-sequences that reach this length"
     )
     add_settings(parser, DEFAULT_RUNGS, "settings to plan", "Hydra overrides of the run that is planned, as for train")
+    parser.add_argument(
+        "--ladder",
+        action="store_true",
+        help="plan step by step what leads to the longest sequences, up to activations and the optimizer on the host, "
+        "in place of --mst",
+    )
     parser.add_argument(
         "--output", type=Path, help=f"folder for the figure and the numbers (default: {DEFAULT_OUTPUT})"
     )
@@ -88,13 +106,28 @@ def parse(argv: Sequence[str]) -> Arguments:
     if numbers is not None and is_override(numbers):  # argparse gives the one after --json to that
         numbers, overrides = STDOUT, [numbers, *overrides]
     settings, overrides = read_settings(parser, given.mst, overrides)
-    memory = None
-    if given.memory is not None:
-        try:
-            memory = parse_bytes(given.memory)
-        except ValueError as error:
-            parser.error(f"--memory: {error}")
-    return Arguments(settings, memory, _length(parser, given.length), given.output, numbers, given.measure, overrides)
+    if given.ladder and (given.measure or settings != list(DEFAULT_RUNGS)):
+        parser.error("--ladder has settings of its own, and only predicts: drop it, or --mst and --measure")
+    return Arguments(
+        settings,
+        given.ladder,
+        _bytes(parser, "--memory", given.memory),
+        _bytes(parser, "--host-memory", given.host_memory),
+        _length(parser, given.length),
+        given.output,
+        numbers,
+        given.measure,
+        overrides,
+    )
+
+
+def _bytes(parser: argparse.ArgumentParser, option: str, text: str | None) -> int | None:
+    if text is None:
+        return None
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        parser.error(f"{option}: {error}")
 
 
 def _length(parser: argparse.ArgumentParser, text: str | None) -> int | None:

@@ -24,13 +24,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lightning_mst.configurations import conf_dir
-from lightning_mst.in_backward import OptimizerInBackward
 from lightning_mst.memory.moving import fake_modules_move
 from lightning_mst.memory.quantized import quantize_fake
 from lightning_mst.memory.setting import Training
 from lightning_mst.memory.sources import check_fields
 from lightning_mst.models import from_config
 from lightning_mst.program.errors import ConfigurationError, configuration_of
+from lightning_mst.program.optimizer import check_planned_optimizer
 from lightning_mst.program.strategy import build_strategy
 from lightning_mst.program.train import Recipe, build, build_recipe, missing_keys
 from lightning_mst.rewrite.config import MSTConfig
@@ -150,12 +150,7 @@ def read_run(config: DictConfig, *, layers: int | None = None) -> Run:
             accumulate_grad_batches=config.trainer.accumulate_grad_batches,
             device="cpu" if config.trainer.get("accelerator") == "cpu" else "cuda",
         )
-    if training.accumulate_grad_batches > 1 and _steps_in_backward(recipe):
-        raise ConfigurationError(
-            "optimizer: One that steps in the backward pass cannot accumulate gradients, got"
-            f" trainer.accumulate_grad_batches={training.accumulate_grad_batches}. Set it to 1, or choose another"
-            " optimizer (optimizer=adamw)"
-        )
+    check_planned_optimizer(recipe.optimizer, strategy, training.accumulate_grad_batches, training.device)
     choices = dict(config.hydra.runtime.choices)
     name, build_model = model_of(config, choices.get("model"), layers)
     return Run(
@@ -243,10 +238,6 @@ def optimizer_of(recipe: Recipe) -> Callable[[nn.Module], Any]:
     return make
 
 
-def _steps_in_backward(recipe: Recipe) -> bool:
-    return getattr(recipe.optimizer, "func", recipe.optimizer) is OptimizerInBackward
-
-
 def strategy_of(config: DictConfig) -> tuple[str, int]:
     """The planner's name of a strategy, and over how many devices it goes.
 
@@ -262,8 +253,8 @@ def strategy_of(config: DictConfig) -> tuple[str, int]:
     name = _planned_as(kind, options)
     if name is None:
         raise ConfigurationError(
-            f"strategy: A plan can be made for one device, DDP, FSDP and DeepSpeed's stages 2 and 3 without offloading;"
-            f" got {kind.__name__} with {options or 'no options'}"
+            "strategy: A plan can be made for one device, DDP, FSDP, DeepSpeed's stages 2 and 3, and stage 3 with"
+            f" weights and optimizer states on the host; got {kind.__name__} with {options or 'no options'}"
         )
     if name == "single" and num_devices > 1:
         raise ConfigurationError(f"strategy: {kind.__name__} is for one device, got {num_devices}")
@@ -284,9 +275,10 @@ def _class_of(choice: DictConfig | str) -> tuple[type, dict[str, Any]]:
 
 
 def _planned_as(kind: type, options: dict[str, Any]) -> str | None:
-    offloads = any(value and ("offload" in key) for key, value in options.items())
-    if offloads:
-        return None
+    offloaded = {key for key, value in options.items() if value and "offload" in key}
+    if offloaded:
+        whole = issubclass(kind, DeepSpeedStrategy) and options.get("stage") == 3
+        return "zero3_offload" if whole and offloaded == {"offload_optimizer", "offload_parameters"} else None
     if issubclass(kind, DeepSpeedStrategy):  # a kind of DDPStrategy
         return {2: "zero2", 3: "zero3"}.get(options.get("stage", 2))
     if issubclass(kind, FSDPStrategy):

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from lightning_mst.program.plan_table import SHOWN, headline, unit_of
+from lightning_mst.program.plan_table import SHOWN, headline, label, unit_of
 
 __all__ = ["plot_plan"]
 
@@ -52,15 +52,15 @@ def draw_bars(axes: Axes, report: dict[str, Any]) -> None:
     rungs, (unit, factor) = report["rungs"], unit_of(report)
     budget = factor * report["device_memory_gib"]
     names = [
-        f"{rung['mst']}\n{rung['max_length']:,} tokens" if rung["device_gib"] else f"{rung['mst']}\nnone fits"
+        f"{label(rung)}\n{rung['max_length']:,} tokens" if rung["device_gib"] else f"{label(rung)}\nnone fits"
         for rung in rungs
     ]
     memories = [rung["device_gib"] or dict.fromkeys(KINDS, 0.0) for rung in rungs]
     bottoms = np.zeros(len(rungs))
-    for kind, (label, color) in KINDS.items():
+    for kind, (text, color) in KINDS.items():
         heights = factor * np.array([memory[kind] for memory in memories])
         if (heights >= SHOWN).any():
-            axes.bar(names, heights, bottom=bottoms, width=0.62, color=color, label=label, edgecolor="white", lw=0.6)
+            axes.bar(names, heights, bottom=bottoms, width=0.62, color=color, label=text, edgecolor="white", lw=0.6)
             for index, height in enumerate(heights):
                 if height > 0.045 * budget:
                     axes.text(
@@ -73,7 +73,7 @@ def draw_bars(axes: Axes, report: dict[str, Any]) -> None:
     axes.set_title(f"Peak memory at the longest sequence ({unit})", fontsize=10, loc="left", color=INK)
     handles, labels = axes.get_legend_handles_labels()
     axes.figure.legend(handles[::-1], labels[::-1], loc="outside lower left", ncols=4, fontsize=8.5, frameon=False)
-    _tidy(axes)
+    tidy(axes)
 
 
 def draw_curves(axes: Axes, report: dict[str, Any]) -> None:
@@ -90,7 +90,7 @@ def draw_curves(axes: Axes, report: dict[str, Any]) -> None:
         beyond = sizes[-1] + (grid - lengths[-1]) * _slope(lengths, sizes)
         axes.plot(
             grid, np.where(grid <= lengths[-1], np.interp(grid, lengths, sizes), beyond), color=color, linestyle=style,
-            lw=1.8, label=rung["mst"],
+            lw=1.8, label=label(rung),
         )  # fmt: skip
         if rung["device_gib"]:
             end = factor * sum(rung["device_gib"].values())
@@ -107,7 +107,7 @@ def draw_curves(axes: Axes, report: dict[str, Any]) -> None:
     axes.legend(loc="lower right", fontsize=9, frameon=False)
     axes.grid(axis="both", color="#e4e7eb", lw=0.6)
     axes.set_axisbelow(True)
-    _tidy(axes)
+    tidy(axes)
 
 
 def _slope(lengths: np.ndarray, sizes: np.ndarray) -> float:
@@ -133,7 +133,8 @@ def _readable_on(color: str) -> str:
     return "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 140 else INK
 
 
-def _tidy(axes: Axes) -> None:
+def tidy(axes: Axes) -> None:
+    """Small labels, and only the two lines that say where zero is."""
     axes.tick_params(labelsize=8.5, colors=INK, length=2)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(FAINT)

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from lightning_mst.program.tables import console, describe_model, number
 
-__all__ = ["headline", "show"]
+__all__ = ["PARTS", "headline", "label", "show"]
 
 HEADERS = {
     "weights": "weights",
@@ -23,6 +23,13 @@ HEADERS = {
     "overhead": "device",
 }
 """Kinds of memory, in the order of ``lightning_mst.memory.prediction.KINDS``."""
+PARTS = {
+    "projection": "projections",
+    "attention": "attention",
+    "mlp": "MLP",
+    "lm_head": "LM head",
+}
+"""Parts of a model whose matmuls are counted, in the order of a layer."""
 SHOWN = 0.005  # what would be 0.00 in every row gets no column
 
 
@@ -37,9 +44,7 @@ def show(report: dict[str, Any]) -> None:
     terminal.print(model, style="bold", highlight=False)
     terminal.print(f"{training} ({report['device_memory_of']})", highlight=False)
     terminal.print(_rungs(report))
-    for line in peak_lines(report):
-        terminal.print(f" {line}", highlight=False)
-    terminal.print()
+    terminal.print(_steps(report))
     if report["wanted"]:
         for line in wanted_lines(report):
             terminal.print(line, highlight=False)
@@ -61,7 +66,14 @@ def headline(report: dict[str, Any]) -> tuple[str, str]:
     devices = f"{report['num_devices']} devices ({report['strategy']})" if several else "one device"
     unit, factor = unit_of(report)
     memory = f"{report['device_memory_gib'] * factor:.2f} {unit}{' each' if several else ''}"
+    if report["host_memory_gib"] is not None:
+        memory += f" and {report['host_memory_gib'] * factor:.2f} {unit} of the host"
     return describe_model(report), f"{report['optimizer']}, {batch}, {devices} with {memory}"
+
+
+def label(rung: dict[str, Any]) -> str:
+    """What a rung is called: its setting, and the optimizer that takes the place of the run's own, if one does."""
+    return rung["mst"] if rung["optimizer"] is None else f"+ {rung['optimizer']}"
 
 
 def _rungs(report: dict[str, Any]) -> Table:
@@ -77,25 +89,26 @@ def _rungs(report: dict[str, Any]) -> Table:
     table.add_column(f"peak\n({unit})", justify="right", style="bold", no_wrap=True)
     if on_host:
         table.add_column(f"host\n({unit})", justify="right", no_wrap=True)
-    table.add_column("MLP\npasses", justify="right", no_wrap=True)
     for rung in rungs:
         memory = rung["device_gib"]
-        cells = [rung["mst"], f"{rung['max_length']:,}" if memory else "none fits"]
+        cells = [label(rung), f"{rung['max_length']:,}" if memory else "none fits"]
         cells += [f"{factor * memory[kind]:.2f}" if memory else "-" for kind in kinds]
         cells += [f"{factor * sum(memory.values()):.2f}" if memory else "-"]
         cells += [f"{factor * rung['host_gib']:.2f}" if memory else "-"] if on_host else []
-        table.add_row(*cells, number(rung["mlp_passes"], 2))
+        table.add_row(*cells)
     return table
 
 
-def peak_lines(report: dict[str, Any]) -> list[str]:
-    """Where the peaks are, settings with the same place together."""
-    places: dict[str, list[str]] = {}
+def _steps(report: dict[str, Any]) -> Table:
+    """Where each setting's peak is, and what a step computes."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
+    table.add_column("mst", no_wrap=True)
+    table.add_column("peak in", no_wrap=True)
+    for part in PARTS.values():
+        table.add_column(f"{part}\npasses", justify="right", no_wrap=True)
     for rung in report["rungs"]:
-        if rung["peak"]:
-            places.setdefault(rung["peak"], []).append(rung["mst"])
-    width = max((len(", ".join(names)) for names in places.values()), default=0)
-    return [f"peak of {', '.join(names):<{width}}   {place}" for place, names in places.items()]
+        table.add_row(label(rung), rung["peak"] or "-", *(number(rung[f"{part}_passes"], 2) for part in PARTS))
+    return table
 
 
 def wanted_lines(report: dict[str, Any]) -> list[str]:

@@ -14,7 +14,10 @@ __all__ = ["describe_model", "print_summary", "print_table"]
 
 def print_summary(result: dict[str, Any], folder: Path) -> None:
     """Print the result of one training run, as :func:`lightning_mst.program.train.train` returns it."""
-    settings = {key: result["mst"][key] for key in ("mlp_chunks", "lm_head_chunks", "checkpoint_layers")}
+    mst = result["mst"]
+    settings = {key: mst[key] for key in ("mlp_chunks", "lm_head_chunks", "checkpoint_layers")}
+    # What few ask for is told where somebody does.
+    settings |= {key: mst[key] for key in ("layer_chunks", "checkpoint_offload") if mst[key] is not None}
     table = Table(title="Training run", show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column()

@@ -22,12 +22,14 @@ from torch import nn
 from lightning_mst.causal_lm import CausalLM
 from lightning_mst.data.cache import default_cache_dir
 from lightning_mst.models import check_positions, check_vocabulary, count_parameters
+from lightning_mst.ops.host_memory import NotEnoughHostMemory
 from lightning_mst.program.allocator import release_freed_memory, unmap_freed_blocks
 from lightning_mst.program.contexts import check_one_device, context_perplexity, read_context_lengths, take_tokens
 from lightning_mst.program.environment import environment
 from lightning_mst.program.errors import ConfigurationError, configuration_of
 from lightning_mst.program.history import History
 from lightning_mst.program.logs import quiet_lightning, tidy_lightning_output
+from lightning_mst.program.optimizer import check_optimizer
 from lightning_mst.program.own_process import needs_own_process, run_in_own_process
 from lightning_mst.program.processes import ending_together, is_main_process, one_at_a_time, told_once
 from lightning_mst.program.results import remove_result, write_result
@@ -106,6 +108,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     recipe = build_recipe(config)
     history = History()
     trainer = build_trainer(config, history)
+    check_optimizer(recipe.optimizer, trainer)
     context_lengths = read_context_lengths(config)
     if context_lengths:
         check_one_device(trainer)
@@ -126,7 +129,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     with ending_together(trainer, Path(config.output_dir)):
         try:
             trainer.fit(module, datamodule=datamodule, ckpt_path=config.ckpt_path)
-        except (ValueError, MisconfigurationException) as error:
+        except (ValueError, MisconfigurationException, NotEnoughHostMemory) as error:
             if history.started:
                 raise
             # Callbacks and strategies find wrong settings only now that they see the model.

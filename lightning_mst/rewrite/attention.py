@@ -8,7 +8,7 @@ what follows it, the output projection above all, over mini-sequences again.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,8 @@ from lightning_mst.rewrite.pace import Pace
 from lightning_mst.rewrite.shadow import form_of, original_forward, shadow_method
 
 _MASK = "attention_mask"
-_CACHES = ("past_key_values", "past_key_value", "layer_past")
+# Keys and values from elsewhere: of earlier tokens, or of an encoder.
+_ELSEWHERE = ("past_key_values", "past_key_value", "layer_past", "key_value_states", "encoder_hidden_states")
 
 
 @dataclass
@@ -37,6 +38,7 @@ class AttentionForm:
     # Whether the module returns (output, attention weights) or the output alone.
     returns_weights: bool
     reads: LinearReads | None
+    reads_after: LinearReads | None
     pace: Pace = field(default_factory=Pace)
 
 
@@ -47,6 +49,7 @@ def rewrite_attention(
     after: tuple[str, ...],
     returns_weights: bool,
     reads: LinearReads | None,
+    reads_after: LinearReads | None,
 ) -> None:
     """Lets all of an attention module but the attention itself run over mini-sequences.
 
@@ -56,16 +59,16 @@ def rewrite_attention(
         after: names of its children that run after the attention, in order.
         returns_weights: whether it returns (output, attention weights) or the output alone.
         reads: of what comes before the attention; see ``token_wise``.
+        reads_after: of what comes after it.
     """
-    form = AttentionForm(chunks, after, returns_weights, reads)
+    form = AttentionForm(chunks, after, returns_weights, reads, reads_after)
     shadow_method(module, _attention_forward, form)
 
 
 def _attention_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     form: AttentionForm = form_of(self)
     arguments = Arguments(self, args, kwargs)
-    if arguments.has_cache:
-        # Queries and keys then differ in length, as in generation.
+    if arguments.looks_elsewhere:
         return arguments.run()
     call = Call(type(self).__name__, tuple(arguments.tokens), {})
     num_chunks = call.num_chunks(form.chunks, form.pace)
@@ -75,24 +78,31 @@ def _attention_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     name = type(self).__name__
     last = [self.get_submodule(child) for child in form.after]
     options: dict[str, Any] = {}
+    num_tokens = call.x.shape[:2].numel()
 
     def first(*tokens: Tensor) -> tuple[Tensor, ...]:
         heads = project(self, arguments, tokens, options)
         groups = 1
         if is_by_heads(self, arguments.mask, options):
-            groups = head_groups(heads[0].shape[2], heads[1].shape[2], call.x.shape[:2].numel())
+            groups = head_groups(heads[0].shape[2], heads[1].shape[2], num_tokens)
         return tuple(part for t in heads for part in t.split(t.shape[2] // groups, 2))
 
     def after(*parts: Tensor) -> Tensor:
-        merged = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-        for child in last:
-            merged = child(merged)
-        return merged
+        return in_turn(last, parts[0] if len(parts) == 1 else torch.cat(parts, -1))
 
-    projected = call.run(forward=first, num_chunks=num_chunks, parts=list(_without(self, last)), reads=form.reads)
+    projected = call.run(
+        forward=first, num_chunks=num_chunks, parts=list(_without(self, last)), reads=form.reads, movable=True
+    )
+    arguments.forget()
     outputs, weights = _attend(self, projected, arguments.mask, options)
     del projected
-    how: dict[str, Any] = {"forward": after, "num_chunks": num_chunks, "parts": last}
+    how: dict[str, Any] = {
+        "forward": after,
+        "num_chunks": num_chunks,
+        "parts": last,
+        "reads": form.reads_after,
+        "movable": True,
+    }
     end = Call(name, tuple(outputs), {})
     # Whoever hooks the module, to gather its weights or to see its output, expects its work to be done inside.
     is_hooked = bool(self._forward_pre_hooks or self._forward_hooks)
@@ -174,6 +184,13 @@ def project(
     )
 
 
+def in_turn(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
+    """Applies modules, each to the output of the one before."""
+    for module in modules:
+        x = module(x)
+    return x
+
+
 def _without(module: nn.Module, parts: list[nn.Module]) -> Iterator[nn.Module]:
     """The outermost modules that hold the weights of ``module`` but those of ``parts``."""
     if not any(part in parts for part in module.modules()):
@@ -194,7 +211,7 @@ class Arguments:
 
     Attributes:
         mask: the attention mask, which only the attention itself gets.
-        has_cache: whether there are keys and values of earlier tokens.
+        looks_elsewhere: whether keys and values come from other tokens than queries, as in generation.
     """
 
     def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -203,7 +220,7 @@ class Arguments:
         self._name = type(module).__name__
         self._given = (args, kwargs)
         bound = inspect.signature(self._forward).bind(*args, **kwargs)
-        self.has_cache = any(_named(bound, name) is not None for name in _CACHES)
+        self.looks_elsewhere = any(_named(bound, name) is not None for name in _ELSEWHERE)
         self.mask = _named(bound, _MASK)
         for named in (bound.arguments, _others_of(bound)):
             if _MASK in named:
@@ -232,6 +249,10 @@ class Arguments:
                 leaves[slot] = tensor
             args, kwargs = tree_unflatten(leaves, self._structure)
         return self._forward(*args, **kwargs)
+
+    def forget(self) -> None:
+        """Lets go of the whole tensors: the chunks' function refers to this call until the backward pass."""
+        self._given, self._whole = ((), {}), []
 
     def whole(self, options: Mapping[str, Any], tokens: tuple[Tensor, ...]) -> dict[str, Any]:
         """What the module says to its attention, of all tokens.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_mst.ops.context import AutocastState, RNGState
 from lightning_mst.ops.linear_reads import LinearReads, find_linear_reads
-from lightning_mst.rewrite.attention import Arguments, project, rewrite_attention
+from lightning_mst.rewrite.attention import Arguments, in_turn, project, rewrite_attention
 from lightning_mst.rewrite.attention_interface import uses_interface, with_attention
 from lightning_mst.rewrite.modes import eval_mode
 from lightning_mst.rewrite.probe import TOLERANCE, without_hooks
@@ -31,12 +32,14 @@ class AttentionVerdict:
         after: names of the children that run after the attention, in order.
         returns_weights: whether it returns (output, attention weights) or the output alone.
         reads: which results of the linear layers before the attention are read in the backward pass.
+        reads_after: the same of those after it.
     """
 
     reason: str | None
     after: tuple[str, ...] = ()
     returns_weights: bool = False
     reads: LinearReads | None = None
+    reads_after: LinearReads | None = None
 
 
 def probe_attention(module: nn.Module, widths: Iterable[int]) -> AttentionVerdict:
@@ -55,7 +58,10 @@ def probe_attention(module: nn.Module, widths: Iterable[int]) -> AttentionVerdic
         return AttentionVerdict("does not call its attention by transformers' interface")
     if (units := units_inside(module)) is not None:
         return AttentionVerdict(units)
-    twin = _twin(module)
+    try:
+        twin = _twin(module)
+    except RuntimeError as error:  # it holds what torch can't copy, such as a state with a graph
+        return AttentionVerdict(f"can't be copied for a trial ({_first_line(error)})")
     reason = "no width of the model's fits it"
     for width in widths:
         for rotary in _rotary_widths(module):
@@ -64,9 +70,13 @@ def probe_attention(module: nn.Module, widths: Iterable[int]) -> AttentionVerdic
             except _Differs as error:
                 return AttentionVerdict(str(error))
             except Exception as error:  # whatever a stranger's forward raises is the answer, and is shown
-                line = (str(error).splitlines() or [""])[0][:100]
-                reason = f"does not run on hidden states and a rotary embedding ({type(error).__name__}: {line})"
+                what = f"{type(error).__name__}: {_first_line(error)}"
+                reason = f"does not run on hidden states and a rotary embedding ({what})"
     return AttentionVerdict(reason)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:100]
 
 
 class _Differs(Exception):
@@ -88,12 +98,15 @@ def _twin(module: nn.Module) -> nn.Module:
 def _rotary_widths(module: nn.Module) -> list[int]:
     """How wide the rotary embedding may be, the likeliest first: all of a head, or a part that the module names."""
     parts = [getattr(module, name, None) for name in ("rotary_ndims", "rotary_dim", "qk_rope_head_dim", "head_dim")]
-    config: Any = module.config
-    parts.append(getattr(config, "head_dim", None))
-    heads = getattr(config, "num_attention_heads", None)
-    if isinstance(heads, int) and isinstance(getattr(config, "hidden_size", None), int):
-        parts.append(config.hidden_size // heads)
-    return list(dict.fromkeys(part for part in parts if isinstance(part, int) and part > 0))
+    # Not by getattr: where layers differ, a configuration may refuse to speak for all of them.
+    config: dict[str, Any] = vars(module.config)
+    parts.append(config.get("head_dim"))
+    heads, width = config.get("num_attention_heads"), config.get("hidden_size")
+    if isinstance(heads, int) and isinstance(width, int):
+        parts.append(width // heads)
+    whole = [part for part in parts if isinstance(part, int) and part > 1]
+    # Some leave it to the module to use each angle twice.
+    return list(dict.fromkeys([*whole, *(part // 2 for part in whole)]))
 
 
 @dataclass
@@ -102,6 +115,7 @@ class _Heard:
 
     options: dict[str, Any] = field(default_factory=dict)
     was_called: bool = False
+    output: Tensor | None = None
 
     def __call__(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, **options: Any
@@ -112,7 +126,9 @@ class _Heard:
         scores = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5
         if mask is not None:
             scores = scores + mask
-        return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), None
+        output = (scores.softmax(-1) @ value).transpose(1, 2).contiguous()
+        self.output = output.detach()
+        return output, None
 
 
 @dataclass
@@ -124,8 +140,7 @@ class _Trial:
 
     def verdict(self) -> AttentionVerdict:
         with AutocastState.now(torch.device("cpu")).disabled(), eval_mode(self.twin):
-            after, returns_weights, reads = self._structure()
-            form: dict[str, Any] = {"after": after, "returns_weights": returns_weights, "reads": reads}
+            form = self._structure()
             self._compare(self.twin, form, gradients=True)
         if not is_out_of_reach(self.module):
             device = next(self.module.parameters()).device
@@ -133,7 +148,8 @@ class _Trial:
                 self._compare(self.module, form, gradients=False)
         return AttentionVerdict(None, **form)
 
-    def _structure(self) -> tuple[tuple[str, ...], bool, LinearReads]:
+    def _structure(self) -> dict[str, Any]:
+        """What ``rewrite_attention`` has to know."""
         heard = _Heard()
         after: list[str] = []
 
@@ -153,7 +169,15 @@ class _Trial:
         def run(*tokens: Tensor) -> Any:
             return project(self.twin, arguments, tokens, {})
 
-        return tuple(after), isinstance(result, tuple), find_linear_reads(run, arguments.tokens)
+        last = [self.twin.get_submodule(name) for name in after]
+        assert heard.output is not None
+        merged = heard.output.flatten(2).requires_grad_()
+        return {
+            "after": tuple(after),
+            "returns_weights": isinstance(result, tuple),
+            "reads": find_linear_reads(run, arguments.tokens),
+            "reads_after": find_linear_reads(partial(in_turn, last), [merged]),
+        }
 
     def _compare(self, module: nn.Module, form: dict[str, Any], *, gradients: bool) -> None:
         heard, again = _Heard(), _Heard()

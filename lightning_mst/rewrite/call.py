@@ -88,23 +88,27 @@ class Call:
         self,
         finish: Callable[[Any], Any] | None = None,
         finish_parameters: Iterable[Tensor] = (),
+        reads_output: bool = True,
         *,
         forward: Callable[..., Any],
         num_chunks: int,
         parts: Sequence[nn.Module],
         routers: Sequence[nn.Module] = (),
         reads: LinearReads | None = None,
+        movable: bool = False,
     ) -> Any:
         """Runs all chunks, and tells what the routers said of all tokens to those who listen.
 
         Args:
             finish: a token-wise function of the block's result, to be run with it.
             finish_parameters: what it uses and may need a gradient.
+            reads_output: whether its backward pass may read the block's result.
             forward: the block.
             num_chunks: M.
             parts: the modules that it uses.
             routers: those of them that have listeners.
             reads: which results of its linear layers its backward pass reads; see ``token_wise``.
+            movable: whether results may be kept on the host for the layer's recomputation; see ``token_wise``.
 
         Returns:
             What the block, or ``finish``, returns for the whole.
@@ -146,7 +150,8 @@ class Call:
             exactly=True,
             keep_single_chunk=False,
             parameters=parameters,
-            reads=reads,
+            reads=reads.with_output_read() if reads and finish and reads_output else reads,
+            movable=movable,
         )
         result, *said = layout.unpack(outputs)
         for router, answer in zip(routers, said, strict=True):

@@ -13,10 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lightning_mst.rewrite.fsdp1 import is_fsdp1_unit
+from lightning_mst.rewrite.handed_on import HandedOn
 from lightning_mst.rewrite.joining import has_joined, rewrite_joining, rewrite_pair
 from lightning_mst.rewrite.mlp import rewrite_mlp
+from lightning_mst.rewrite.norms import rewrite_norm
 from lightning_mst.rewrite.shadow import original_method
 from lightning_mst.rewrite.shapes import true_shape
 from lightning_mst.rewrite.stand_in import stand_in
@@ -75,6 +78,47 @@ def find_pair(layer: nn.Module, candidates: Iterable[tuple[str, str, int]]) -> t
     return None
 
 
+def norms_before_blocks(layer: nn.Module, norms: Iterable[str], width: int) -> frozenset[str]:
+    """Which of a layer's norms hand their output to its blocks and to nothing else, neither to a sum nor out of it.
+
+    Args:
+        layer: the layer.
+        norms: the names of its norms.
+        width: D.
+
+    Returns:
+        Their names; none where the trial can't tell.
+    """
+    names = list(norms)
+
+    def trial(twin: nn.Module) -> frozenset[str]:
+        handed_on: dict[str, list[HandedOn]] = {name: [] for name in names}
+        for name in names:
+            norm = twin.get_submodule(name)
+            rewrite_norm(norm, 2, hands_on=True)
+            # Not by a hook, under which a norm does its work at once.
+            norm.__dict__["forward"] = _noting(norm.forward, handed_on[name])
+        for name, child in twin.named_children():
+            if name not in names and any(True for _ in child.parameters()) and not ATTENTION.search(name):
+                twin._modules[name] = _SomeBlock(1)
+        returned = {id(t) for t in tree_leaves(run_layer(twin, width))}
+        return frozenset(
+            name
+            for name, tensors in handed_on.items()
+            if tensors and not any(t.was_computed or id(t) in returned for t in tensors)
+        )
+
+    return _first_answer(layer, trial) or frozenset()
+
+
+def _noting(forward: Callable[..., Any], results: list[Any]) -> Callable[..., Any]:
+    def noted(*args: Any) -> Any:
+        results.append(forward(*args))
+        return results[-1]
+
+    return noted
+
+
 def may_be_norm(module: nn.Module, width: int) -> bool:
     """Whether a module looks like a norm or dropout of D wide tokens: its weights, if any, have the shape (D,)."""
     parameters = list(module.parameters())
@@ -100,12 +144,12 @@ def _first_answer(layer: nn.Module, trial: Callable[[nn.Module], Any]) -> Any:
     return None
 
 
-def run_layer(twin: nn.Module, width: int) -> None:
-    """Runs a layer on a few tokens; arguments that it can't do without are ``None``."""
+def run_layer(twin: nn.Module, width: int) -> Any:
+    """What a layer returns for a few tokens; arguments that it can't do without are ``None``."""
     forward = original_method(twin, "forward")
     _, *others = inspect.signature(forward).parameters.values()
     missing = {p.name: None for p in others if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
-    forward(torch.empty(1, _TOKENS, width, device="meta"), **missing)
+    return forward(torch.empty(1, _TOKENS, width, device="meta"), **missing)
 
 
 class _FirstArgument(nn.Module):
@@ -113,20 +157,21 @@ class _FirstArgument(nn.Module):
         return x
 
 
-class _SomeAttention(nn.Module):
+class _SomeBlock(nn.Module):
     def __init__(self, values: int) -> None:
         super().__init__()
         self._values = values
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         x = next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
-        result = torch.empty_like(x)
+        # Not like x, which may be a norm that has not run and is not to.
+        result = torch.empty(x.shape, dtype=x.dtype, device="meta")
         return result if self._values == 1 else (result, *(None,) * (self._values - 1))
 
 
 def _replace_attention(module: nn.Module, values: int) -> None:
     for name, child in module.named_children():
         if ATTENTION.search(name) and "norm" not in name:
-            module._modules[name] = _SomeAttention(values)
+            module._modules[name] = _SomeBlock(values)
         else:
             _replace_attention(child, values)

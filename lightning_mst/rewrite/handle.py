@@ -17,6 +17,7 @@ from lightning_mst.rewrite.checkpointing import (
     choose_layers,
     is_checkpointed,
     is_checkpointed_by_itself,
+    release_host_memory,
     switch_models,
     why_not_checkpointed,
 )
@@ -26,6 +27,7 @@ from lightning_mst.rewrite.heads import find_lm_heads, match_lm_heads
 from lightning_mst.rewrite.joining import FirstForm
 from lightning_mst.rewrite.layer_parts import LayerParts, find_layer_parts
 from lightning_mst.rewrite.mlp import MLPForm
+from lightning_mst.rewrite.offloading import Offload
 from lightning_mst.rewrite.pace import Pace
 from lightning_mst.rewrite.shadow import forms, lifted, restore, shadowed
 
@@ -55,6 +57,11 @@ class Row:
 
 
 _LEFT = "as it was"
+_CHECKPOINTED = {
+    None: "checkpointed",
+    "inputs": "checkpointed, input on the host",
+    "inputs+attention": "checkpointed, input and attention on the host",
+}
 
 
 class MSTHandle:
@@ -122,6 +129,7 @@ class MSTHandle:
         return capture.get()
 
     def _restore(self) -> None:
+        release_host_memory(self.model)
         for module in list(shadowed(self.model)):
             restore(module)
 
@@ -186,8 +194,10 @@ class _Plan:
                 block.rewrite(chunks)
         if config.checkpoint_layers != "none":
             switch_models(self._model, bool(self._chosen))
+            what = config.checkpoint_offload
+            offload = None if what is None else Offload(what, len(self._chosen), config.offload_fraction)
             for index, (_, layer) in enumerate(self._layers):
-                checkpoint_layer(layer, index in self._chosen)
+                checkpoint_layer(layer, index in self._chosen, offload)
         for _, layer in self._layers:
             for form in forms(layer):
                 if isinstance(form, (MLPForm, FirstForm)):
@@ -253,7 +263,8 @@ class _Plan:
             self._left("layer", Candidate("", "", None, "no repeated layers found, so nothing is checkpointed"))
         for index, (name, layer) in enumerate(self._layers):
             if index in self._chosen:
-                self.rows.append(Row("layer", name, type(layer).__name__, "checkpointed"))
+                form = _CHECKPOINTED[self._config.checkpoint_offload]
+                self.rows.append(Row("layer", name, type(layer).__name__, form))
             else:
                 reason = self._unfit.get(index) or f"not chosen by checkpoint_layers={self._config.checkpoint_layers!r}"
                 form = "not checkpointed" if is_checkpointed_by_itself(layer) else _LEFT

@@ -11,7 +11,7 @@ from torch import nn
 from lightning_mst.rewrite.attention import rewrite_attention
 from lightning_mst.rewrite.attention_interface import uses_interface
 from lightning_mst.rewrite.attention_probe import AttentionVerdict, probe_attention
-from lightning_mst.rewrite.dataflow import ATTENTION, may_be_norm
+from lightning_mst.rewrite.dataflow import ATTENTION, may_be_norm, norms_before_blocks
 from lightning_mst.rewrite.discovery import Candidate, signature
 from lightning_mst.rewrite.norms import rewrite_norm
 from lightning_mst.rewrite.probe import probe
@@ -49,20 +49,24 @@ def find_layer_parts(
         attentions = [search.attention(f"{name}.{key}", module, likely) for key, module in _attentions(layer)]
         found.attentions += attentions
         if any(candidate.rewrite is not None for candidate in attentions):
-            for key, child in layer.named_children():
-                found.norms += search.norm(f"{name}.{key}", child, likely, hands_on=True)
+            norms = {key: child for key, child in layer.named_children() if search.is_norm(child, likely)}
+            handing_on = search.handing_on(layer, list(norms), likely)
+            for key, child in norms.items():
+                found.norms.append(_candidate(f"{name}.{key}", child, hands_on=key in handing_on))
     if found.norms:
         inside = {module for _, layer in layers for module in layer.modules()}
         for name, module in model.named_modules():
-            if name and module not in inside:
-                found.norms += search.norm(name, module, sorted(widths), hands_on=False)
+            if name and module not in inside and search.is_norm(module, sorted(widths)):
+                found.norms.append(_candidate(name, module, hands_on=False))
     return found
 
 
 def _attentions(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """What calls the attention interface; in a layer without such a module, what is called attention."""
     found = [(name, module) for name, module in layer.named_modules() if name and uses_interface(module)]
-    children = [(name, child) for name, child in layer.named_children() if ATTENTION.search(name)]
+    children = [
+        (name, m) for name, m in layer.named_children() if ATTENTION.search(name) and "norm" not in name.lower()
+    ]
     yield from found or [(name, child) for name, child in children if any(True for _ in child.parameters())]
 
 
@@ -86,16 +90,29 @@ class _Search:
             after=verdict.after,
             returns_weights=verdict.returns_weights,
             reads=verdict.reads,
+            reads_after=verdict.reads_after,
         )
         return Candidate(name, type(module).__name__, rewrite)
 
-    def norm(self, name: str, module: nn.Module, widths: list[int], *, hands_on: bool) -> list[Candidate]:
-        """A candidate, or nothing where the module is no norm."""
-        if isinstance(module, nn.Dropout) or not any(may_be_norm(module, width) for width in widths):
-            return []
+    def is_norm(self, module: nn.Module, widths: list[int]) -> bool:
+        """Whether a module has the weights of a norm, and treats every token alike."""
+        fitting = [width for width in widths if may_be_norm(module, width)]
+        if isinstance(module, nn.Dropout) or not fitting:
+            return False
         key = ("norm", signature(module))
         if key not in self._verdicts:
-            self._verdicts[key] = probe(module, [width for width in widths if may_be_norm(module, width)]).reason
-        if self._verdicts[key] is not None:
-            return []
-        return [Candidate(name, type(module).__name__, partial(rewrite_norm, module, hands_on=hands_on))]
+            self._verdicts[key] = probe(module, fitting).reason
+        return self._verdicts[key] is None
+
+    def handing_on(self, layer: nn.Module, names: list[str], widths: list[int]) -> frozenset[str]:
+        """Which of a layer's norms are only followed by blocks that can apply them."""
+        key = ("handing on", signature(layer))
+        if key not in self._verdicts:
+            self._verdicts[key] = norms_before_blocks(layer, names, widths[0])
+        found = self._verdicts[key]
+        assert isinstance(found, frozenset)
+        return found
+
+
+def _candidate(name: str, norm: nn.Module, *, hands_on: bool) -> Candidate:
+    return Candidate(name, type(norm).__name__, partial(rewrite_norm, norm, hands_on=hands_on))

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import logging
-import os
 import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from lightning_mst.ops.free_host_memory import free_host_memory
+from lightning_mst.ops.free_host_memory import free_host_memory, processes_here
 from lightning_mst.ops.host_memory import HostMemory, NotEnoughHostMemory
 from lightning_mst.ops.kept_attention import keeping_attention
 from lightning_mst.ops.region import Region
 from lightning_mst.ops.rehearsal import is_rehearsing
+from lightning_mst.rewrite.auto_fraction import AutoFraction
 from lightning_mst.units import in_words
 
 _log = logging.getLogger(__name__)
@@ -35,22 +35,30 @@ class Offload:
     Args:
         what: ``"inputs"`` or ``"inputs+attention"``, as ``MSTConfig.checkpoint_offload``.
         num_layers: how many layers it checkpoints.
+        fraction: as ``MSTConfig.offload_fraction``.
 
     Attributes:
         memory: the pool of host memory.
     """
 
-    def __init__(self, what: Literal["inputs", "inputs+attention"], num_layers: int) -> None:
+    def __init__(
+        self,
+        what: Literal["inputs", "inputs+attention"],
+        num_layers: int,
+        fraction: float | Literal["auto"] = 0.0,
+    ) -> None:
         self._what = what
+        self._fraction = fraction
         self._num_layers = num_layers
         self.memory = HostMemory()
         self._last: Callable[[], Region | None] = _none
         self._checked_bytes = 0
         self._calls_without_attention = 0
+        self._auto = AutoFraction(num_layers) if fraction == "auto" else None
 
     def __reduce__(self) -> Any:
         """As a new one: a copy of a model has its own pool, and nothing in it."""
-        return Offload, (self._what, self._num_layers)
+        return Offload, (self._what, self._num_layers, self._fraction)
 
     @torch.compiler.disable
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -72,18 +80,20 @@ class Offload:
         before = self._last()
         if before is not None:
             before.leave()
-        region = Region(self.memory, before)
+        run, hidden = _apart(function, args)
+        region = Region(self.memory, before, self._fraction_of(hidden, is_first=before is None))
         self._last = weakref.ref(region)
         options: dict[str, Any] = {"use_reentrant": False}
         if self._what == "inputs+attention":
             options["context_fn"] = partial(keeping_attention, region)
-        run, hidden = _apart(function, args)
         if hidden is None:
             # Without a graph before it: one layer's input at most, such as the first one's in a frozen model.
             result = checkpoint(run, *args, **options)
         else:
             with saved_tensors_hooks(partial(_pack, region), _unpack):
                 result = checkpoint(run, hidden, **options)
+        if self._auto is not None:
+            self._auto.end(region)
         self._check_attention(region, function)
         self._check_memory(region)
         return result
@@ -91,6 +101,13 @@ class Offload:
     def release(self) -> None:
         """Gives the host's memory back to the system, but for what a backward pass may still ask for."""
         self.memory.release()
+
+    def _fraction_of(self, hidden: Tensor | None, *, is_first: bool) -> float:
+        if not isinstance(self._fraction, str):
+            return float(self._fraction)
+        if hidden is None or self._auto is None or isinstance(hidden, FakeTensor):
+            return 0.0  # fake ones take no time
+        return self._auto.begin(hidden.shape[:-1].numel(), hidden.device, self.memory, is_first=is_first)
 
     def _check_attention(self, region: Region, function: Callable[..., Any]) -> None:
         """Notices after as many calls as there are layers that none has fused attention; some layers need not."""
@@ -124,16 +141,6 @@ class Offload:
                 "processes on this machine, or checkpoint_offload='inputs' or None."
             )
         _log.info("%s; %s are available.", what, in_words(available))
-
-
-def processes_here() -> int:
-    """How many processes of a distributed run share this machine's memory."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return 1
-    if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun's
-        return int(os.environ["LOCAL_WORLD_SIZE"])
-    devices = torch.accelerator.device_count()
-    return min(dist.get_world_size(), devices) if devices else dist.get_world_size()
 
 
 def _none() -> None:

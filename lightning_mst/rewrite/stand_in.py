@@ -53,6 +53,9 @@ def stand_in(module: nn.Module, device: str = "cpu") -> nn.Module:
             # Hooks, and what FSDP2 keeps for its own, hold process groups and the like.
             if name.endswith("_hooks") or name.startswith("__composable_api"):
                 memo[id(value)] = type(value)()
+            elif isinstance(value, Tensor) and value.grad_fn is not None:
+                # A state that a layer keeps from its last call, with a graph that can't be copied.
+                memo[id(value)] = torch.zeros(value.shape, dtype=value.dtype, device=device)
         if device == "cpu" and _is_quantized(part):
             memo[id(part)] = _plain_linear(part, generator)
     with _in_own_class(module):

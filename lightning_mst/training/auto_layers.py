@@ -12,11 +12,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_mst.memory.auto_layers import does_not_fit, fewest_layers
+from lightning_mst.memory.auto_layers import Room, first_that_fits
+from lightning_mst.ops.free_host_memory import free_host_memory
 from lightning_mst.rewrite.config import MSTConfig
 from lightning_mst.rewrite.handle import MSTHandle
 from lightning_mst.training.predicted import CannotRehearse, RehearsedProgram
-from lightning_mst.units import in_words, parse_bytes
+from lightning_mst.units import parse_bytes
 
 __all__ = ["check_auto_layers", "settle_layers"]
 
@@ -45,9 +46,9 @@ def check_auto_layers(trainer: Trainer, config: MSTConfig) -> None:
 def settle_layers(
     trainer: Trainer, pl_module: LightningModule, handle: MSTHandle, config: MSTConfig, batch: Any, batch_idx: int
 ) -> None:
-    """Checkpoints as few layers as fit, and says how many.
+    """Checkpoints as few layers as fit, and says how many; does more to the layers where that is not enough.
 
-    Where even all of them don't fit, or the step can't be rehearsed, all are checkpointed, with a warning.
+    Where the step can't be rehearsed, all are checkpointed, with a warning.
 
     Args:
         trainer: the Trainer.
@@ -56,23 +57,24 @@ def settle_layers(
         config: with ``checkpoint_layers="auto"``.
         batch: the first batch.
         batch_idx: its number.
+
+    Raises:
+        MisconfigurationException: nothing that could be done is enough.
     """
-    budget = _memory_of(trainer.strategy.root_device, config)
+    room = Room(_memory_of(trainer.strategy.root_device, config), free_host_memory())
     longest = _lengthened(batch, config)
     try:
         program = RehearsedProgram(trainer, pl_module, longest, batch_idx)
     except CannotRehearse as reason:
         rank_zero_warn(f"checkpoint_layers='auto': all layers are checkpointed, because {reason}.")
         return
-    settled, prediction = fewest_layers(config, program.predict_as, num_layers=len(handle.layers), budget=budget)
-    if settled is None:
-        rank_zero_warn(f"checkpoint_layers='auto': {does_not_fit(prediction, budget)}")
-        return
-    handle.update(settled)
-    count = sum(row.form == "checkpointed" for row in handle.rows)
+    settled = first_that_fits(config, program.predict_as, num_layers=len(handle.layers), room=room)
+    if settled.config is None:
+        raise MisconfigurationException(f"checkpoint_layers='auto': {settled.in_words()}")
+    handle.update(settled.config)
+    count = sum(row.form.startswith("checkpointed") for row in handle.rows)
     rank_zero_info(
-        f"checkpoint_layers='auto': {count} of {len(handle.layers)} layers are checkpointed. A step is predicted to "
-        f"take {in_words(prediction.total)} of {in_words(budget)}."
+        f"checkpoint_layers='auto': {count} of {len(handle.layers)} layers are checkpointed. {settled.in_words()}"
     )
 
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
-from lightning_mst.in_backward.trainer import optimizers_in_backward
 from lightning_mst.rewrite.handle import MSTHandle, Row
+from lightning_mst.training.optimizers import free_gradients_in_backward
 from lightning_mst.training.ranks import any_rank
 from lightning_mst.training.side_effects import Snapshot, without_side_effects
 from lightning_mst.training.token_weights import TokenWeights
@@ -148,9 +148,9 @@ class RetryOutOfMemory(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if optimizers_in_backward(trainer):
+        if names := free_gradients_in_backward(trainer):
             raise MisconfigurationException(
-                "on_oom='retry' can't repeat a step half of which OptimizerInBackward has taken already. Use"
+                f"on_oom='retry' can't repeat a step half of whose gradients {names[0]} has taken already. Use"
                 " on_oom='raise'."
             )
         # After every other callback's setup, so that what they do to a backward pass is repeated, too.

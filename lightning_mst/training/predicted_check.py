@@ -7,9 +7,9 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from lightning_mst.in_backward.trainer import optimizers_in_backward
 from lightning_mst.memory.log import MemoryLog, StepMemory
 from lightning_mst.memory.prediction import Prediction
+from lightning_mst.training.optimizers import free_gradients_in_backward
 from lightning_mst.training.predicted import CannotRehearse, RehearsedProgram
 from lightning_mst.units import in_words
 
@@ -47,7 +47,7 @@ class PredictionCheck:
         """Looks at the optimizer's states before a step."""
         if self._batches == 0:
             states = any(getattr(optimizer, "state", None) for optimizer in trainer.strategy.optimizers)
-            self._fresh = not states and not optimizers_in_backward(trainer)
+            self._fresh = not states and not free_gradients_in_backward(trainer)
 
     def end(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, step: StepMemory) -> None:
         """Compares, if this is the step for it."""

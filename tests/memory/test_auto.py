@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 
 from lightning_mst import MSTConfig, OptimizerInBackward, apply_mst
 from lightning_mst.memory import settle
-from lightning_mst.memory.auto_layers import RESERVE, fewest_layers
+from lightning_mst.memory.auto_layers import RESERVE, Room, fewest_layers, first_that_fits
 from lightning_mst.memory.prediction import KINDS, Prediction
 from lightning_mst.memory.setting import Setting, Training
 from lightning_mst.models import from_config
@@ -90,7 +90,7 @@ def test_as_few_layers_are_checkpointed_as_fit_and_they_are_the_first(count):
     predict = predictor(per_layer=100, rest=1000, saved=90)
     needed = 1000 + 12 * 100 - count * 90
     config, prediction = fewest_layers(
-        MSTConfig(checkpoint_layers="auto"), predict, num_layers=12, budget=int(needed / (1 - RESERVE)) + 2
+        MSTConfig(checkpoint_layers="auto"), predict, num_layers=12, room=Room(int(needed / (1 - RESERVE)) + 2, 0)
     )
     assert config.checkpoint_layers == {0: "none", 12: "all"}.get(count, list(range(count)))
     assert prediction.total == needed
@@ -98,10 +98,64 @@ def test_as_few_layers_are_checkpointed_as_fit_and_they_are_the_first(count):
 
 def test_a_step_that_does_not_fit_with_all_layers_checkpointed_has_no_config():
     config, prediction = fewest_layers(
-        MSTConfig(checkpoint_layers="auto"), predictor(100, 1000, 90), num_layers=12, budget=1000
+        MSTConfig(checkpoint_layers="auto"), predictor(100, 1000, 90), num_layers=12, room=Room(1000, 0)
     )
     assert config is None
     assert prediction.total == 1000 + 120
+
+
+def ladder_predictor(config):
+    """A step of 12 layers: whole layers in mini-sequences save 500, inputs on the host 10 for each checkpointed one."""
+    chosen = config.checkpoint_layers
+    count = {"all": 12, "none": 0}[chosen] if isinstance(chosen, str) else len(chosen)
+    size = 2000 + 100 * (12 - count) - 500 * (config.layer_chunks is not None)
+    host = 10 * count if config.checkpoint_offload else 0
+    return Prediction(
+        dict.fromkeys(KINDS, 0) | {"activations_kept": size + 10 * count - host}, "backward", "layer 11", host
+    )
+
+
+@pytest.mark.parametrize(
+    ("allowed", "host", "given", "expected"),
+    [
+        (3200, 0, {}, ("none", None, None)),
+        (2120, 0, {}, ("all", None, None)),
+        (2119, 0, {}, (list(range(7)), "auto", None)),
+        (2119, 0, {"layer_chunks": 4}, (list(range(7)), 4, None)),
+        (1620, 0, {}, ("all", "auto", None)),
+        (1600, 120, {}, (list(range(11)), "auto", "inputs")),
+        (1550, 120, {}, ("all", "auto", "inputs")),
+        (1550, 119, {}, None),
+        (1499, 999, {}, None),
+        (3200, 0, {"checkpoint_offload": "inputs"}, ("none", None, None)),
+        (2100, 999, {"checkpoint_offload": "inputs+attention"}, (list(range(11)), None, "inputs+attention")),
+    ],
+)
+def test_layers_go_into_mini_sequences_and_to_the_host_only_where_checkpointing_them_is_not_enough(
+    allowed, host, given, expected
+):
+    room = Room(int(allowed / (1 - RESERVE)) + 1, host)
+    settled = first_that_fits(MSTConfig(checkpoint_layers="auto", **given), ladder_predictor, num_layers=12, room=room)
+    config = settled.config
+    if expected is None:
+        assert config is None
+        assert "Even with layers' inputs on the host (checkpoint_offload='inputs')" in settled.in_words()
+    else:
+        assert (config.checkpoint_layers, config.layer_chunks, config.checkpoint_offload) == expected
+
+
+def test_what_was_chosen_comes_with_what_was_not_enough():
+    room = Room(int(1621 / (1 - RESERVE)) * 2**20, 0)
+
+    def predict(config):
+        prediction = ladder_predictor(config)
+        return Prediction({kind: n * 2**20 for kind, n in prediction.kinds.items()}, "backward", "layer 11")
+
+    settled = first_that_fits(MSTConfig(checkpoint_layers="auto"), predict, num_layers=12, room=room)
+    assert settled.in_words() == (
+        "Not enough: all layers checkpointed (2.07 GiB). Chosen: layers wholly in mini-sequences "
+        "(layer_chunks='auto'). A step is predicted to take 1.58 GiB of 1.63 GiB."
+    )
 
 
 def test_settling_finds_the_fewest_layers_of_a_model_and_leaves_the_model_alone():
@@ -119,7 +173,10 @@ def test_settling_finds_the_fewest_layers_of_a_model_and_leaves_the_model_alone(
     handle = apply_mst(model, settled)
     assert [layer.gradient_checkpointing for layer in model.model.layers] == [True] * 5 + [False] * 3
     handle.remove()
-    with pytest.raises(ValueError, match=r"Even with all layers checkpointed.*Shorten the sequences"):
+    with pytest.raises(
+        ValueError,
+        match=r"Even with layers' inputs on the host .*and [\d.]+ MiB of the host \(peak in .*adamw_cpu_offload",
+    ):
         settle(MSTConfig.for_memory("1MiB", sequence_length=4096), model, optimizer=adamw_in_backward, device="cpu")
 
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
+from dataclasses import astuple
 
 import pytest
 from memory_tools import CONFIGS, causal_lm, causal_loss, token_batch
 from torch import nn
 
 from lightning_mst import MSTConfig
-from lightning_mst.memory.passes import passes_of
+from lightning_mst.memory.passes import Passes, passes_of
 from lightning_mst.memory.rehearsal import Step, new_fake_mode
 from lightning_mst.rewrite.handle import apply_mst
 
 KEPT = MSTConfig(None, None, "none")
 
 
-def passes(family: str, config: MSTConfig, freeze: bool = False, **options: object) -> float:
+def passes(family: str, config: MSTConfig, freeze: bool = False, **options: object) -> Passes:
     fake = new_fake_mode()
     with fake:
         model = causal_lm(family, **options)
@@ -29,28 +30,37 @@ def passes(family: str, config: MSTConfig, freeze: bool = False, **options: obje
 
 
 @pytest.mark.parametrize(
-    ("config", "expected"),
+    ("config", "mlp", "projection", "attention"),
     [
-        (KEPT, 3),
-        (CONFIGS["recompute"], 11 / 3),
-        (MSTConfig(3, None, "all"), 11 / 3),
-        (MSTConfig(3, None, "none"), 11 / 3),
-        (MSTConfig(None, None, 2), 10 / 3),
+        (KEPT, 3, 3, 3.5),
+        (CONFIGS["recompute"], 11 / 3, 4, 4.5),
+        (MSTConfig(3, 3, "all"), 11 / 3, 4, 4.5),
+        (MSTConfig(3, None, "none"), 11 / 3, 3, 3.5),
+        (MSTConfig(None, None, 2), 10 / 3, 3.5, 4),
+        (MSTConfig(3, 3, "all", layer_chunks=3), 11 / 3, 4, 4.5),
+        (MSTConfig(3, 3, "all", layer_chunks=3, checkpoint_offload="inputs"), 11 / 3, 4, 4.5),
+        (MSTConfig(3, 3, "all", layer_chunks=3, checkpoint_offload="inputs+attention"), 11 / 3, 4, 3.5),
     ],
 )
-def test_a_gated_mlp_is_computed_once_and_its_first_two_matmuls_again(config, expected):
-    assert passes("Llama", config) == pytest.approx(expected)
+def test_what_is_recomputed_costs_one_more_pass_and_the_last_matmul_of_an_mlp_is_not(
+    config, mlp, projection, attention
+):
+    counted = passes("Llama", config)
+    assert counted.mlp == pytest.approx(mlp)
+    assert counted.projection == pytest.approx(projection)
+    assert counted.attention == pytest.approx(attention)
+    assert counted.lm_head == pytest.approx(3)
 
 
 def test_frozen_weights_have_no_gradients_and_experts_count_as_well():
-    assert passes("Llama", KEPT, freeze=True) == pytest.approx(2)
-    assert passes("Mixtral", KEPT, num_local_experts=4) == pytest.approx(3)
+    frozen = passes("Llama", KEPT, freeze=True)
+    assert (frozen.mlp, frozen.projection) == (pytest.approx(2), pytest.approx(3))
+    assert passes("Mixtral", KEPT, num_local_experts=4).mlp == pytest.approx(3)
 
 
-def test_a_model_without_mlps_has_none():
+def test_a_model_without_a_part_has_no_passes_of_it():
     fake = new_fake_mode()
     with fake:
         model = nn.Linear(4, 4)
-    assert math.isnan(
-        passes_of(model, Step({"x": token_batch(1, 4)["labels"]}, lambda m, b: m.weight.sum(), None), fake)
-    )
+    counted = passes_of(model, Step({"x": token_batch(1, 4)["labels"]}, lambda m, b: m.weight.sum(), None), fake)
+    assert all(map(math.isnan, astuple(counted)))

@@ -12,6 +12,7 @@ from lightning_mst import MSTConfig
 from lightning_mst.memory import Plan, plan
 from lightning_mst.memory.planner import TooLarge, peak_place
 from lightning_mst.memory.prediction import KINDS
+from lightning_mst.memory.rungs import with_optimizer_on_host
 from lightning_mst.memory.setting import Setting, Training
 
 MIB = 2**20
@@ -48,7 +49,7 @@ def test_each_setting_gets_the_longest_sequence_that_fits(planned, setting):
         assert list(rung.curve) == sorted(rung.curve)
     off, auto = planned.rungs
     assert off.max_length < auto.max_length
-    assert off.mlp_passes < auto.mlp_passes
+    assert off.passes.mlp < auto.passes.mlp
 
 
 def test_a_wanted_length_gets_the_smallest_numbers_of_mini_sequences(planned, setting):
@@ -69,12 +70,42 @@ def test_the_numbers_are_plain_json_in_gib(planned):
     assert report["model"] == "build"
     assert report["device_memory_gib"] == 64 / 1024
     for rung, row in zip(planned.rungs, report["rungs"], strict=True):
-        assert (row["mst"], row["max_length"], row["mlp_passes"]) == (rung.mst, rung.max_length, rung.mlp_passes)
+        assert (row["mst"], row["max_length"], row["mlp_passes"]) == (rung.mst, rung.max_length, rung.passes.mlp)
+        assert {"projection_passes", "attention_passes", "lm_head_passes"} <= set(row)
+        assert row["optimizer"] is None
         assert list(row["device_gib"]) == list(KINDS)
         assert sum(row["device_gib"].values()) == pytest.approx(rung.prediction.total / 2**30)
         assert row["host_gib"] == 0
         assert row["peak"] == peak_place(rung.prediction)
     assert report["wanted"]["fits"] is True
+
+
+def test_the_host_limits_a_length_as_the_device_does():
+    limit = 2 * MIB
+    (rung,) = small_plan(mst=("layer_offload",), host_memory=limit).rungs
+
+    assert 0.95 * limit < rung.prediction.host <= limit
+    assert rung.prediction.total < 64 * MIB
+    with pytest.raises(TooLarge, match=r"64\.0 MiB and 0\.0 MiB of the host at any length: .* of the host\."):
+        small_plan(mst=("layer_offload",), host_memory=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, "adamw_cpu_offload"),
+        ({"accumulate_grad_batches": 2}, None),
+        ({"strategy": "fsdp2", "num_devices": 2}, None),
+        ({"strategy": "zero3", "num_devices": 2}, "deepspeed_cpu_adam"),
+    ],
+)
+def test_a_ladder_ends_with_the_optimizer_on_the_host_where_an_engine_does_that(options, expected):
+    training = Training(precision="32-true", make_optimizer=adamw, device="cpu", **options)
+    found = with_optimizer_on_host(build, training)
+
+    assert (found and found[0]) == expected
+    if expected == "deepspeed_cpu_adam":
+        assert found[1].training.strategy == "zero3_offload"
 
 
 def test_a_length_that_nothing_reaches_says_what_it_would_take():

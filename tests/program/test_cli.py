@@ -55,7 +55,8 @@ def test_help_of_train_lists_the_groups(capsys):
 
     assert exit_info.value.code == 0
     text = capsys.readouterr().out
-    assert "mst: auto, fit, lm_head_only, no_recompute, off, paper, recompute" in text
+    layer = "layer, layer_offload, layer_offload_attention"
+    assert f"mst: auto, fit, {layer}, lm_head_only, no_recompute, off, paper, recompute" in text
     assert "model: gemma2_9b" in text
 
 

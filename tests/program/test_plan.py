@@ -13,6 +13,7 @@ from torch import nn
 
 from lightning_mst.cli import main
 from lightning_mst.in_backward import OptimizerInBackward
+from lightning_mst.memory.rungs import LADDER
 from lightning_mst.program.plan_arguments import parse
 from lightning_mst.program.plan_config import Run, compose_runs, device_count, mst_config, read_run
 
@@ -55,6 +56,33 @@ def test_a_plan_is_a_table_a_figure_and_numbers(here, capsys):
     assert f"mst.mlp_chunks={report['wanted']['mlp_chunks']} mst.lm_head_chunks=" in text
     assert (here / "outputs/plan/plan.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in here.rglob("*")) == ["outputs", "plan", "plan.json", "plan.png"]
+
+
+def test_a_ladder_is_a_table_a_figure_and_numbers_up_to_the_optimizer_on_the_host(here, capsys):
+    pytest.importorskip("torchao")
+    main(["plan", "--ladder", "--memory", "24MiB", "--host-memory", "1GiB", *SMALL])
+
+    text = capsys.readouterr().out
+    report = json.loads((here / "outputs/plan/plan.json").read_text(encoding="utf-8"))
+    rungs = {row["optimizer"] or row["mst"]: row for row in report["rungs"]}
+    assert list(rungs) == [*LADDER, "adamw_cpu_offload"]
+    assert report["rungs"][-1]["mst"] == LADDER[-1]
+    lengths = {name: row["max_length"] for name, row in rungs.items()}
+    assert lengths["off"] < lengths["paper"] < lengths["layer"] < lengths["layer_offload"]
+    assert lengths["layer_offload_attention"] < lengths["adamw_cpu_offload"]
+    hosts = {name: row["host_gib"] for name, row in rungs.items()}
+    assert hosts["layer"] == 0 < hosts["layer_offload"] < hosts["layer_offload_attention"] < hosts["adamw_cpu_offload"]
+    assert [row["attention_passes"] for row in rungs.values()] == [3.5, 4.5, 4.5, 4.5, 4.5, 3.5, 3.5]
+    assert [row["projection_passes"] for row in rungs.values()] == [3, *6 * [4]]
+
+    assert report["host_memory_gib"] == 1
+    assert "24.00 MiB and 1024.00 MiB of the host (--memory)" in text
+    assert "at most 1.00 GiB" in text
+    for name, row in rungs.items():
+        assert name in text
+        assert f"{row['max_length']:,}" in text
+        assert f"{row['host_gib'] * 1024:.2f}" in text
+    assert (here / "outputs/plan/plan.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_json_alone_leaves_nothing_else_on_stdout_and_nothing_on_the_disk(here, capsys):
@@ -142,7 +170,12 @@ def test_a_local_folder_is_planned_without_its_weights(tmp_path):
         (["optimizer._target_=torch.optim.AdamWWW"], "optimizer: "),
         (["trainer.precision=fp8"], "precision='fp8' is not known"),
         (["trainer.strategy=dpp"], "There is no strategy 'dpp'. Did you mean"),
-        (["strategy=mst_deepspeed_stage_3_offload", "trainer.devices=2"], "without offloading"),
+        (["strategy=mst_deepspeed_stage_2", "strategy.offload_optimizer=true"], "stage 3 with weights and optimizer"),
+        (["strategy=mst_deepspeed_stage_3_offload", "trainer.devices=2"], "need each other. Add optimizer=deepspeed"),
+        (["optimizer=deepspeed_cpu_adam"], "need each other. Add strategy=mst_deepspeed_stage_3_offload"),
+        (["optimizer=adamw_cpu_offload", "strategy=mst_ddp", "trainer.devices=2"], "works for one GPU, got ddp"),
+        (["optimizer=adamw_cpu_offload", "trainer=cpu"], "works for one GPU, got a CPU"),
+        (["optimizer=adamw_cpu_offload", "trainer.accumulate_grad_batches=2"], "set optimizer.offload_gradients=false"),
         (["strategy=mst", "trainer.devices=2"], "is for one device, got 2"),
         (["trainer.devices=0"], "trainer.devices should be a number, a list, or 'auto', got 0"),
         (["data.batch_size=0"], "data.batch_size should be a whole number, 1 or more, got 0"),
@@ -218,6 +251,9 @@ def test_overrides_may_stand_anywhere_on_the_command_line():
         (["--mst", "off", "fast"], "unknown --mst fast; there are auto, "),
         (["--mst", "off", "off"], "--mst names a setting twice"),
         (["--memory", "eighty"], "'eighty' is not an amount of memory"),
+        (["--host-memory", "much"], "--host-memory: 'much' is not an amount of memory"),
+        (["--ladder", "--mst", "off"], "--ladder has settings of its own"),
+        (["--ladder", "--measure"], "--ladder has settings of its own"),
         (["--memory=-1GiB"], "'-1GiB' is not an amount of memory"),
         (["--length=-5"], "--length should be a whole number of tokens, 2 or more, got '-5'"),
         (["--length", "1e5"], "2 or more, got '1e5'"),

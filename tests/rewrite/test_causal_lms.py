@@ -34,6 +34,7 @@ TABLE_VERSION = "5.23.0"
 class Result:
     mlp: str
     head: str
+    layer: str
     checkpointing: str
     digits: str
     note: str
@@ -55,7 +56,7 @@ class ComputesInSinglePrecision(TorchDispatchMode):
         return result
 
 
-def describe(handle: MSTHandle) -> tuple[str, str, str, str]:
+def describe(handle: MSTHandle) -> tuple[str, str, str, str, str]:
     def rows(block: str, form: bool) -> list:
         return [row for row in handle.rows if row.block == block and row.rewritten == form]
 
@@ -64,10 +65,12 @@ def describe(handle: MSTHandle) -> tuple[str, str, str, str]:
 
     layers = rows("layer", True), rows("layer", False)
     notes = [row.reason for block in ("MLP", "LM head") for row in rows(block, True) if row.reason]
-    notes += [f"{row.module or row.block}: {row.reason}" for b in ("MLP", "LM head", "layer") for row in rows(b, False)]
+    blocks = ("MLP", "LM head", "attention", "layer")
+    notes += [f"{row.module or row.block}: {row.reason}" for block in blocks for row in rows(block, False)]
     # What a probe measured differs in its last digits from machine to machine.
     notes = [re.sub(r" \((a probe|[A-Z]\w*(Error|Exception)).*\)", "", note) for note in notes]
-    return answer("MLP"), answer("LM head"), "per layer" if layers[0] else "no", "; ".join(dict.fromkeys(notes))
+    checkpointing = "per layer" if layers[0] else "no"
+    return answer("MLP"), answer("LM head"), answer("attention"), checkpointing, "; ".join(dict.fromkeys(notes))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -96,9 +99,11 @@ def test_loss_and_gradients_are_the_unmodified_models(family, batch):
         # transformers casts logits to fp32 for its own loss.
         assert furthest(gradients(model, own_loss(model)), expected[own_loss]) < 1e-5
         distance = furthest(gradients(model, written_by_hand(model)), expected[written_by_hand])
+        handle.update(layer_chunks=3)
+        distance = max(distance, furthest(gradients(model, written_by_hand(model)), expected[written_by_hand]))
     assert distance < (1e-6 if in_single_precision else 1e-10)
-    mlp, head, checkpointing, note = describe(handle)
-    RESULTS[family] = Result(mlp, head, checkpointing, "1e-10" if distance < 1e-10 else "1e-6", note)
+    mlp, head, layer, checkpointing, note = describe(handle)
+    RESULTS[family] = Result(mlp, head, layer, checkpointing, "1e-10" if distance < 1e-10 else "1e-6", note)
     assert head == "yes"
     assert mlp == "yes" or note
 
@@ -107,9 +112,12 @@ def test_the_support_table_is_what_these_tests_found():
     built = set(RESULTS)
     if transformers.__version__ != TABLE_VERSION or len(built) < 100:
         pytest.skip(f"the table is about all families of transformers {TABLE_VERSION}")
-    lines = ["| family | MLP | LM head | checkpointing | gradients to | what is special |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| family | MLP | LM head | layer | checkpointing | gradients to | what is special |",
+        "|---|---|---|---|---|---|---|",
+    ]
     lines += [
-        f"| {family} | {r.mlp} | {r.head} | {r.checkpointing} | {r.digits} | {r.note} |"
+        f"| {family} | {r.mlp} | {r.head} | {r.layer} | {r.checkpointing} | {r.digits} | {r.note} |"
         for family, r in sorted(RESULTS.items())
     ]
     counted = f"{len(built)} families of transformers {TABLE_VERSION}, all exact"

@@ -62,6 +62,7 @@ class Case:
         trainer: further arguments of the Trainer.
         unused: whether the module has a weight that no loss depends on.
         replicas: how many ranks see different batches.
+        whole_layer: norms and projections in mini-sequences as well, and the layers' inputs on the host.
     """
 
     strategy: str | Callable[[], Any]
@@ -75,12 +76,16 @@ class Case:
     trainer: dict[str, Any] = field(default_factory=dict)
     unused: bool = False
     replicas: int = RANKS
+    whole_layer: bool = False
 
     @property
     def config(self) -> MSTConfig:
         if not self.mst:
             return MSTConfig(None, None, self.checkpoint)
-        return MSTConfig(**CHUNKS, checkpoint_layers=self.checkpoint)
+        options: dict[str, Any] = {"checkpoint_layers": self.checkpoint}
+        if self.whole_layer:
+            options |= {"layer_chunks": 3, "checkpoint_offload": "inputs"}
+        return MSTConfig(**CHUNKS, **options)
 
     def data(self) -> list[dict[str, Tensor]]:
         return rows(RANKS * STEPS * self.batches * 2, ragged=self.ragged)
@@ -186,6 +191,9 @@ CASES: dict[str, Case] = {
     "FSDP2 in bf16-true": Case("mst_model_parallel", trainer={"precision": "bf16-true"}),
     "FSDP2 in bf16-true, unmodified": Case("mst_model_parallel", mst=False, trainer={"precision": "bf16-true"}),
     "FSDP2 by layer": Case("mst_model_parallel", shard=per_layer),
+    "FSDP2 by layer, whole layers": Case("mst_model_parallel", shard=per_layer, whole_layer=True),
+    "FSDP2, whole layers": Case("mst_model_parallel", whole_layer=True),
+    "DDP, whole layers": Case("mst_ddp", whole_layer=True),
     "FSDP2 by MLP": Case("mst_model_parallel", shard=per_mlp),
     "FSDP2 by MLP, without checkpointing": Case("mst_model_parallel", shard=per_mlp, checkpoint="none"),
     "FSDP2, head alone": Case("mst_model_parallel", shard=head_alone),

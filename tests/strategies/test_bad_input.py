@@ -320,7 +320,7 @@ def test_retries_are_refused_with_an_optimizer_in_the_backward_pass() -> None:
     program.optimizer = lambda parameters: OptimizerInBackward(parameters, lambda p: torch.optim.SGD(p, lr=0.1))
     check_refused(
         MisconfigurationException,
-        "half of which OptimizerInBackward has taken already. Use on_oom='raise'",
+        "half of whose gradients OptimizerInBackward has taken already. Use on_oom='raise'",
         program,
         callbacks=[MSTCallback(**CHUNKS, on_oom="retry")],
     )
