@@ -26,9 +26,14 @@ WHOLE = ("lm_head", "mlp", "breakdown", "timeline")
 def parts(output: Path) -> dict[str, list[str]]:
     """The arguments of Python for each part."""
     commands = {"tests": ["-m", "pytest", "-m", "gpu"]}
-    for block in ("head", "mlp", "losses", "step"):
+    for block in ("head", "mlp", "losses", "step", "layers"):
         commands[f"benchmark-{block}"] = ["-m", "benchmarks.run", block]
     commands["planner"] = ["-m", "benchmarks.gpu_memory"]
+    settings = ["recompute", "paper", "layer", "layer_offload", "layer_offload_attention"]
+    lengths = ["--lengths", "32768", "131072", "262144", "--layers", "4", "--output", "gpu-memory-layers.json"]
+    commands["planner-layers"] = ["-m", "benchmarks.gpu_memory", "--mst", *settings, *lengths]
+    commands["offload"] = ["-m", "benchmarks.gpu_offload"]
+    commands["longest"] = ["-m", "benchmarks.gpu_longest"]
 
     def experiment(part: str, name: str, *overrides: str) -> None:
         folder = f"hydra.sweep.dir='{output / part}'"

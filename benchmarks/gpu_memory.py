@@ -3,7 +3,7 @@
 A few layers of a model at several lengths: predicted against ``torch.cuda.max_memory_allocated()``. (The longest
 sequence of whole models is an experiment: ``lightning-mst train -m experiment=paper/max_length``.)
 
-Writes ``benchmarks/results/gpu-memory.json`` with device, versions and date. Without a GPU it runs on the CPU, where
+Writes to ``benchmarks/results`` with device, versions and date. Without a GPU it runs on the CPU, where
 the bytes of tensors are counted. For a small model: ``--model llama_small --layers 2 --lengths 1024``.
 """
 
@@ -24,7 +24,7 @@ from lightning_mst.program.plan_config import compose_runs, mst_config, read_run
 from lightning_mst.program.plan_measure import run_steps
 from lightning_mst.units import GIB
 
-RESULTS = Path(__file__).parent / "results" / "gpu-memory.json"
+RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
@@ -45,9 +45,10 @@ def main() -> None:
             for rung in arguments.mst
         ],
     }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(report, indent=2) + "\n")
-    print(f"written to {RESULTS}")
+    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / arguments.output
+    file.write_text(json.dumps(report, indent=2) + "\n")
+    print(f"written to {file}")
 
 
 def parse() -> argparse.Namespace:
@@ -58,6 +59,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--mst", nargs="+", default=["off", "recompute", "paper", "auto"])
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768, 65536, 131072])
+    parser.add_argument("--output", default="gpu-memory.json", help="a file in benchmarks/results")
     return parser.parse_args()
 
 

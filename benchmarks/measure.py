@@ -57,10 +57,10 @@ def seconds(steps: dict[str, Step], leaves: Sequence[Tensor], *, budget: float, 
     while not times or len(next(iter(times.values()))) < runs:
         for name, step in steps.items():
             forget_gradients(leaves)
-            _wait()
+            wait()
             start = time.perf_counter()
             step()
-            _wait()
+            wait()
             times[name].append(time.perf_counter() - start)
         if not times or time.perf_counter() - begin > budget:
             break
@@ -83,7 +83,7 @@ def cost(step: Step, leaves: Sequence[Tensor]) -> tuple[Cost, Tensor | None]:
     with torch.profiler.profile(activities=activities, profile_memory=device.type == "cpu", record_shapes=True) as run:
         with Matmuls() as matmuls:
             result = step()
-        _wait()
+        wait()
     events = _events(run)
     peak = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else _peak_bytes(events)
     return Cost(peak, matmuls.multiply_adds + inside(events, matmuls.opaque)), result
@@ -105,7 +105,8 @@ def _distance(actual: list[Tensor], expected: list[Tensor]) -> float:
     return math.sqrt(off / whole)
 
 
-def _wait() -> None:
+def wait() -> None:
+    """Until the GPU has done all it was asked to."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

@@ -26,6 +26,9 @@ COMMANDS = {
     "train": [*_PROGRAM, "train", "hydra.run.dir=outputs/train"],
     "compare": [*_PROGRAM, "compare", "--output", "outputs/compare"],
     "plan": [*_PROGRAM, "plan", *_LLAMA3],
+    "plan_ladder": [
+        *_PROGRAM, "plan", "--ladder", "--host-memory", "1TiB", *_LLAMA3, "--output", "outputs/plan_ladder"
+    ],
     "plan_length": [
         *_PROGRAM, "plan", "--memory", "24GiB", "--length", "32768", "model=llama3_8b", "precision=nf4-lora",
         "--output", "outputs/plan_length",
@@ -36,6 +39,7 @@ COMMANDS = {
 FILES = {
     "compare": {"compare/compare.json": "outputs/compare.json", "compare/compare.png": "compare.png"},
     "plan": {"plan/plan.json": "outputs/plan.json", "plan/plan.png": "plan.png"},
+    "plan_ladder": {"plan_ladder/plan.json": "outputs/plan_ladder.json", "plan_ladder/plan.png": "plan_ladder.png"},
 }
 
 

@@ -19,7 +19,7 @@ _RESULTS = ROOT / "benchmarks" / "results"
 @cache
 def values() -> dict[str, str]:
     """Name -> the number as the pages show it, with its unit."""
-    sources = _of_comparison, _of_plan, _of_memory, _of_paper, _of_support_table, _of_experiments, _of_code
+    sources = _of_comparison, _of_plan, _of_ladder, _of_memory, _of_paper, _of_support_table, _of_experiments, _of_code
     return {name: value for source in sources for name, value in source().items()}
 
 
@@ -48,6 +48,17 @@ def _of_plan() -> dict[str, str]:
         "plan_auto": f"{longest['auto']:,} tokens",
         "plan_memory": f"{report['device_memory_gib']:.0f} GiB",
     }
+
+
+def _of_ladder() -> dict[str, str]:
+    """``lightning-mst plan --ladder`` for Llama-3-8B on 80 GiB: predicted."""
+    report = _read(FOLDER / "plan_ladder.json")
+    rungs = {rung["optimizer"] or rung["mst"]: rung for rung in report["rungs"]}
+    found = {}
+    for name, rung in rungs.items():
+        found[f"ladder_{name}"] = f"{rung['max_length']:,} tokens"
+        found[f"ladder_{name}_host"] = f"{rung['host_gib']:.0f} GiB"
+    return found
 
 
 def _of_memory() -> dict[str, str]:

@@ -22,9 +22,8 @@ from lightning_mst.ops.deferred_tensor import DeferredTensor, without_values
 from lightning_mst.ops.metadata import needs_no_values
 
 Finish = Callable[[Tensor], Tensor]
-Run = Callable[[Finish, Iterable[Tensor], bool], Tensor]
-"""Runs a block over mini-sequences with one more function at its end. Its other arguments: that function's parameters,
-and whether its backward pass may read what the block gave."""
+Run = Callable[[Finish, Iterable[Tensor]], Tensor]
+"""Runs a block over mini-sequences with one more function at its end, and that function's parameters."""
 
 
 @dataclass(eq=False)
@@ -46,14 +45,6 @@ class _Step:
             args, kwargs = tree_map_only(_Step, lambda step: step._value(known), (self.args, dict(self.kwargs or {})))
             known[self] = self.function(*args, **kwargs)
         return known[self]
-
-    @property
-    def reads_output(self) -> bool:
-        """Whether the step's backward pass may read the block's output: not that of a sum, a scale or dropout."""
-        if self.function is None:
-            return False
-        steps = [arg for arg in tree_leaves((self.args, self.kwargs)) if isinstance(arg, _Step)]
-        return self.function not in _LINEAR or len(steps) > 1 or steps[0].reads_output
 
 
 _OUTPUT = object()
@@ -91,12 +82,12 @@ class DeferredOutput(DeferredTensor):
         if self._real is not None:
             return function(self._real)
         step = self._step  # and not self: what the chunks' function refers to lives until backward
-        return self._run(lambda output: function(step.of(output)), parameters, True)
+        return self._run(lambda output: function(step.of(output)), parameters)
 
     def real(self) -> Tensor:
         """The output, of all tokens; computed at the first call and kept."""
         if self._real is None:
-            self._real = self._run(self._step.of, (), self._step.reads_output)
+            self._real = self._run(self._step.of, ())
         return self._real
 
     @classmethod
@@ -160,10 +151,3 @@ _POINTWISE = set(
         "relu", "relu6", "selu", "sigmoid", "silu", "softplus", "softsign", "tanh",
     )
 }  # fmt: skip
-_LINEAR = set(
-    both(
-        "add", "div", "mul", "multiply", "neg", "sub", "rsub", "true_divide", "__add__", "__mul__", "__neg__",
-        "__radd__", "__rmul__", "__rsub__", "__sub__", "__truediv__", "to", "type_as", "float", "double", "half",
-        "bfloat16", "contiguous",
-    )
-) | {F.dropout}  # fmt: skip

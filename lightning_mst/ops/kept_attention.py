@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
@@ -59,8 +60,8 @@ class _KeepAttention(_Attentions):
         random = RNGState(query.device)
         result = func(*args, **kwargs)
         leaves, structure = tree_flatten(result)
-        # What the layer draws after attention's dropout must be drawn again from there.
-        drawn = None if random.is_current() else RNGState(query.device)
+        # What the layer draws after attention's dropout must be drawn again from there. Fake tensors draw nothing.
+        drawn = None if isinstance(query, FakeTensor) or random.is_current() else RNGState(query.device)
         self._region.keep([func, structure, drawn, *leaves])
         self._region.has_attention = True
         return result

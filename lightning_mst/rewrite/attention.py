@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from lightning_mst.ops.linear_reads import LinearReads
 from lightning_mst.rewrite.attention_interface import Projected, attention_of, is_by_heads, stop, with_attention
 from lightning_mst.rewrite.call import Call
+from lightning_mst.rewrite.handed_on import real
 from lightning_mst.rewrite.joining import defer
 from lightning_mst.rewrite.pace import Pace
 from lightning_mst.rewrite.shadow import form_of, original_forward, shadow_method
@@ -39,6 +40,7 @@ class AttentionForm:
     returns_weights: bool
     reads: LinearReads | None
     reads_after: LinearReads | None
+    is_followed: bool
     pace: Pace = field(default_factory=Pace)
 
 
@@ -50,6 +52,7 @@ def rewrite_attention(
     returns_weights: bool,
     reads: LinearReads | None,
     reads_after: LinearReads | None,
+    is_followed: bool = False,
 ) -> None:
     """Lets all of an attention module but the attention itself run over mini-sequences.
 
@@ -60,8 +63,9 @@ def rewrite_attention(
         returns_weights: whether it returns (output, attention weights) or the output alone.
         reads: of what comes before the attention; see ``token_wise``.
         reads_after: of what comes after it.
+        is_followed: whether the layer gives the module's output to a norm in mini-sequence form, which then joins it.
     """
-    form = AttentionForm(chunks, after, returns_weights, reads, reads_after)
+    form = AttentionForm(chunks, after, returns_weights, reads, reads_after, is_followed)
     shadow_method(module, _attention_forward, form)
 
 
@@ -106,7 +110,7 @@ def _attention_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     end = Call(name, tuple(outputs), {})
     # Whoever hooks the module, to gather its weights or to see its output, expects its work to be done inside.
     is_hooked = bool(self._forward_pre_hooks or self._forward_hooks)
-    result = end.run(**how) if is_hooked else defer(end, call.x.shape[-1], **how)
+    result = defer(end, call.x.shape[-1], **how) if form.is_followed and not is_hooked else end.run(**how)
     return (result, weights) if form.returns_weights else result
 
 
@@ -242,7 +246,7 @@ class Arguments:
     def run(self, tokens: tuple[Tensor, ...] | None = None) -> Any:
         """Calls the module as it was called, or on a mini-sequence without a mask."""
         if tokens is None:
-            args, kwargs = self._given
+            args, kwargs = real(self._given)
         else:
             leaves = list(self._others)
             for slot, tensor in zip(self._slots, tokens, strict=True):

@@ -88,7 +88,6 @@ class Call:
         self,
         finish: Callable[[Any], Any] | None = None,
         finish_parameters: Iterable[Tensor] = (),
-        reads_output: bool = True,
         *,
         forward: Callable[..., Any],
         num_chunks: int,
@@ -102,7 +101,6 @@ class Call:
         Args:
             finish: a token-wise function of the block's result, to be run with it.
             finish_parameters: what it uses and may need a gradient.
-            reads_output: whether its backward pass may read the block's result.
             forward: the block.
             num_chunks: M.
             parts: the modules that it uses.
@@ -150,7 +148,8 @@ class Call:
             exactly=True,
             keep_single_chunk=False,
             parameters=parameters,
-            reads=reads.with_output_read() if reads and finish and reads_output else reads,
+            # A norm, which reads what it is given.
+            reads=reads.with_output_read() if reads and finish else reads,
             movable=movable,
         )
         result, *said = layout.unpack(outputs)

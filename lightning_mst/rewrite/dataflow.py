@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -78,8 +79,22 @@ def find_pair(layer: nn.Module, candidates: Iterable[tuple[str, str, int]]) -> t
     return None
 
 
-def norms_before_blocks(layer: nn.Module, norms: Iterable[str], width: int) -> frozenset[str]:
-    """Which of a layer's norms hand their output to its blocks and to nothing else, neither to a sum nor out of it.
+@dataclass(frozen=True)
+class NormFlow:
+    """Where a layer's norms stand between its blocks.
+
+    Attributes:
+        receivers: by the name of a norm, the names of the children that get its output; none where something else gets
+            it as well, such as a sum, or the layer after this one.
+        followed: the names of the attention modules whose output a norm gets.
+    """
+
+    receivers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    followed: frozenset[str] = frozenset()
+
+
+def norm_flow(layer: nn.Module, norms: Iterable[str], width: int) -> NormFlow:
+    """Follows the outputs of a layer's norms and attention modules in a trial run.
 
     Args:
         layer: the layer.
@@ -87,34 +102,41 @@ def norms_before_blocks(layer: nn.Module, norms: Iterable[str], width: int) -> f
         width: D.
 
     Returns:
-        Their names; none where the trial can't tell.
+        What was seen; nothing where the trial can't tell.
     """
     names = list(norms)
+    receiver = nn.Identity()
+    rewrite_joining(receiver)
 
-    def trial(twin: nn.Module) -> frozenset[str]:
-        handed_on: dict[str, list[HandedOn]] = {name: [] for name in names}
+    def trial(twin: nn.Module) -> NormFlow:
+        made: dict[str, list[HandedOn]] = {name: [] for name in names}
+        given: list[Any] = []
         for name in names:
             norm = twin.get_submodule(name)
-            rewrite_norm(norm, 2, hands_on=True)
+            rewrite_norm(norm, 2, receivers=[receiver])
             # Not by a hook, under which a norm does its work at once.
-            norm.__dict__["forward"] = _noting(norm.forward, handed_on[name])
+            norm.__dict__["forward"] = _noting(norm.forward, given, made[name])
         for name, child in twin.named_children():
             if name not in names and any(True for _ in child.parameters()) and not ATTENTION.search(name):
                 twin._modules[name] = _SomeBlock(1)
+        blocks = {name: part for name, part in twin.named_modules() if isinstance(part, _SomeBlock)}
         returned = {id(t) for t in tree_leaves(run_layer(twin, width))}
-        return frozenset(
-            name
-            for name, tensors in handed_on.items()
-            if tensors and not any(t.was_computed or id(t) in returned for t in tensors)
-        )
+        receivers = {
+            name: tuple(block for block, part in blocks.items() if any(t is x for t in tensors for x in part.given))
+            for name, tensors in made.items()
+            if not any(t.was_computed or id(t) in returned for t in tensors)
+        }
+        followed = (name for name, part in blocks.items() if any(x is y for x in given for y in part.made))
+        return NormFlow(receivers, frozenset(followed))
 
-    return _first_answer(layer, trial) or frozenset()
+    return _first_answer(layer, trial) or NormFlow()
 
 
-def _noting(forward: Callable[..., Any], results: list[Any]) -> Callable[..., Any]:
+def _noting(forward: Callable[..., Any], given: list[Any], made: list[Any]) -> Callable[..., Any]:
     def noted(*args: Any) -> Any:
-        results.append(forward(*args))
-        return results[-1]
+        given.extend(args)
+        made.append(forward(*args))
+        return made[-1]
 
     return noted
 
@@ -161,11 +183,15 @@ class _SomeBlock(nn.Module):
     def __init__(self, values: int) -> None:
         super().__init__()
         self._values = values
+        self.given: list[Tensor] = []
+        self.made: list[Tensor] = []
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         x = next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
+        self.given.append(x)
         # Not like x, which may be a norm that has not run and is not to.
         result = torch.empty(x.shape, dtype=x.dtype, device="meta")
+        self.made.append(result)
         return result if self._values == 1 else (result, *(None,) * (self._values - 1))
 
 

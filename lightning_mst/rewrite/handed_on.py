@@ -9,7 +9,7 @@ the tensor gets the real output, computed in mini-sequences.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from lightning_mst.ops.metadata import needs_no_values
 from lightning_mst.ops.token_wise import token_wise
 from lightning_mst.rewrite.fsdp1 import weights_of
 
+T = TypeVar("T")
 Forward = Callable[[Tensor], Tensor]
 
 
@@ -79,5 +80,15 @@ class HandedOn(DeferredTensor):
         """Gives anything but questions about shapes the real output."""
         if needs_no_values(func):
             return without_values(func, args, kwargs)
-        args, kwargs = tree_map_only(HandedOn, lambda t: t.real(), (args, kwargs))
+        args, kwargs = real((args, kwargs))
         return func(*args, **kwargs)
+
+
+def real(values: T) -> T:
+    """Nested arguments with the outputs of norms that have not run computed.
+
+    A block that does not apply the norm itself gets these: a function of autograd's own takes what it is given for a
+    tensor without a graph.
+    """
+    result: T = tree_map_only(HandedOn, lambda t: t.real(), values)
+    return result

@@ -12,6 +12,7 @@ from lightning_mst.ops.context import AutocastState
 from lightning_mst.ops.deferred_output import DeferredOutput, defer_output
 from lightning_mst.rewrite.call import Call
 from lightning_mst.rewrite.fsdp1 import weights_of
+from lightning_mst.rewrite.handed_on import real
 from lightning_mst.rewrite.pace import Pace
 from lightning_mst.rewrite.shadow import form_of, original_forward, shadow_method
 from lightning_mst.rewrite.shapes import linear_shape
@@ -84,6 +85,7 @@ def _first_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     whole = num_chunks == 1 and not call.is_worth_recomputing(form.chunks, in_checkpoint=form.in_checkpoint)
     # A hook before it may gather weights that are gone again when the second projection is called.
     if whole or self._forward_pre_hooks:
+        args, kwargs = real((args, kwargs))
         return forward(*args, **kwargs)
     shape = linear_shape(self)
     assert shape is not None

@@ -11,7 +11,7 @@ from torch import nn
 from lightning_mst.rewrite.attention import rewrite_attention
 from lightning_mst.rewrite.attention_interface import uses_interface
 from lightning_mst.rewrite.attention_probe import AttentionVerdict, probe_attention
-from lightning_mst.rewrite.dataflow import ATTENTION, may_be_norm, norms_before_blocks
+from lightning_mst.rewrite.dataflow import ATTENTION, NormFlow, may_be_norm, norm_flow
 from lightning_mst.rewrite.discovery import Candidate, signature
 from lightning_mst.rewrite.norms import rewrite_norm
 from lightning_mst.rewrite.probe import probe
@@ -46,18 +46,22 @@ def find_layer_parts(
     found = LayerParts()
     for name, layer in layers:
         likely = sorted(norm_widths(layer) | widths, key=lambda width: width not in widths)
-        attentions = [search.attention(f"{name}.{key}", module, likely) for key, module in _attentions(layer)]
+        norms = {key: child for key, child in layer.named_children() if search.is_norm(child, likely)}
+        flow = search.flow(layer, list(norms), likely)
+        attentions = [
+            search.attention(f"{name}.{key}", module, likely, is_followed=key in flow.followed)
+            for key, module in _attentions(layer)
+        ]
         found.attentions += attentions
         if any(candidate.rewrite is not None for candidate in attentions):
-            norms = {key: child for key, child in layer.named_children() if search.is_norm(child, likely)}
-            handing_on = search.handing_on(layer, list(norms), likely)
-            for key, child in norms.items():
-                found.norms.append(_candidate(f"{name}.{key}", child, hands_on=key in handing_on))
+            for key, norm in norms.items():
+                receivers = [layer.get_submodule(block) for block in flow.receivers.get(key, ())]
+                found.norms.append(_candidate(f"{name}.{key}", norm, receivers))
     if found.norms:
         inside = {module for _, layer in layers for module in layer.modules()}
         for name, module in model.named_modules():
             if name and module not in inside and search.is_norm(module, sorted(widths)):
-                found.norms.append(_candidate(name, module, hands_on=False))
+                found.norms.append(_candidate(name, module, []))
     return found
 
 
@@ -76,7 +80,7 @@ class _Search:
     def __init__(self, verdicts: dict[object, object]) -> None:
         self._verdicts = verdicts
 
-    def attention(self, name: str, module: nn.Module, widths: list[int]) -> Candidate:
+    def attention(self, name: str, module: nn.Module, widths: list[int], *, is_followed: bool) -> Candidate:
         key = ("attention", signature(module))
         if key not in self._verdicts:
             self._verdicts[key] = probe_attention(module, widths)
@@ -91,6 +95,7 @@ class _Search:
             returns_weights=verdict.returns_weights,
             reads=verdict.reads,
             reads_after=verdict.reads_after,
+            is_followed=is_followed,
         )
         return Candidate(name, type(module).__name__, rewrite)
 
@@ -104,15 +109,15 @@ class _Search:
             self._verdicts[key] = probe(module, fitting).reason
         return self._verdicts[key] is None
 
-    def handing_on(self, layer: nn.Module, names: list[str], widths: list[int]) -> frozenset[str]:
-        """Which of a layer's norms are only followed by blocks that can apply them."""
-        key = ("handing on", signature(layer))
+    def flow(self, layer: nn.Module, norms: list[str], widths: list[int]) -> NormFlow:
+        """Where the layer's norms stand between its blocks."""
+        key = ("flow", signature(layer))
         if key not in self._verdicts:
-            self._verdicts[key] = norms_before_blocks(layer, names, widths[0])
-        found = self._verdicts[key]
-        assert isinstance(found, frozenset)
-        return found
+            self._verdicts[key] = norm_flow(layer, norms, widths[0]) if norms else NormFlow()
+        flow = self._verdicts[key]
+        assert isinstance(flow, NormFlow)
+        return flow
 
 
-def _candidate(name: str, norm: nn.Module, *, hands_on: bool) -> Candidate:
-    return Candidate(name, type(norm).__name__, partial(rewrite_norm, norm, hands_on=hands_on))
+def _candidate(name: str, norm: nn.Module, receivers: list[nn.Module]) -> Candidate:
+    return Candidate(name, type(norm).__name__, partial(rewrite_norm, norm, receivers=receivers))

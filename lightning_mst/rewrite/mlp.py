@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_mst.ops.chunking import BlockCost
 from lightning_mst.rewrite.call import Call
+from lightning_mst.rewrite.handed_on import real
 from lightning_mst.rewrite.joining import defer, rewrite_joining
 from lightning_mst.rewrite.pace import Pace
 from lightning_mst.rewrite.routers import has_listeners, rewrite_router
@@ -80,6 +81,7 @@ def _mlp_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     call = Call(type(self).__name__, args, kwargs)
     num_chunks = call.num_chunks(form.chunks, form.pace, form.sparsity, form.cost)
     if num_chunks == 1 and not call.is_worth_recomputing(form.chunks, in_checkpoint=form.in_checkpoint):
+        args, kwargs = real((args, kwargs))
         return forward(*args, **kwargs)
     routers = [router for router in form.routers if has_listeners(router)]
     how: dict[str, Any] = {"forward": forward, "num_chunks": num_chunks, "parts": form.parts, "routers": routers}
@@ -94,6 +96,7 @@ def _run_method(name: str, self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     call = Call(f"{type(self).__name__}.{name}", args, kwargs)
     num_chunks = call.num_chunks(form.chunks, form.pace)
     if num_chunks == 1 and not call.is_worth_recomputing(form.chunks, in_checkpoint=form.in_checkpoint):
+        args, kwargs = real((args, kwargs))
         return method(*args, **kwargs)
     return call.run(forward=method, num_chunks=num_chunks, parts=form.parts)
 

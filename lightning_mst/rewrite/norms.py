@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,7 @@ from lightning_mst.rewrite.call import Call
 from lightning_mst.rewrite.fsdp1 import weights_of
 from lightning_mst.rewrite.handed_on import HandedOn
 from lightning_mst.rewrite.pace import Pace
-from lightning_mst.rewrite.shadow import form_of, original_forward, shadow_method
+from lightning_mst.rewrite.shadow import form_of, is_shadowed, original_forward, shadow_method
 
 
 @dataclass
@@ -22,25 +23,25 @@ class NormForm:
     """The settings of a norm in mini-sequence form."""
 
     chunks: int | str
-    # Whether what comes next may apply it. Outside of the layers nothing does.
-    hands_on: bool
+    # The blocks that get its output, and nothing else does; empty where they can't apply it.
+    receivers: list[nn.Module]
     # By the dtypes of input and autocast: that of the output.
     dtypes: dict[object, torch.dtype] = field(default_factory=dict)
     pace: Pace = field(default_factory=Pace)
 
 
-def rewrite_norm(norm: nn.Module, chunks: int | str, *, hands_on: bool) -> None:
+def rewrite_norm(norm: nn.Module, chunks: int | str, *, receivers: Sequence[nn.Module] = ()) -> None:
     """Lets a norm run over mini-sequences.
 
     A norm that follows a block, whose output it is given before that is computed, joins it. Another one leaves its work
-    to the block that comes next.
+    to the blocks that come next, where these run over mini-sequences.
 
     Args:
         norm: a function of one tensor (..., D), for each token by itself.
         chunks: M, ``"auto"`` or ``"paper"``.
-        hands_on: whether it is part of a layer.
+        receivers: the blocks that get its output, if nothing else does.
     """
-    shadow_method(norm, _norm_forward, NormForm(chunks, hands_on))
+    shadow_method(norm, _norm_forward, NormForm(chunks, list(receivers)))
 
 
 def _norm_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -54,10 +55,16 @@ def _norm_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     num_chunks = call.num_chunks(form.chunks, form.pace)
     if num_chunks == 1:
         return forward(*args)
-    # Whoever hooks the norm, to gather its weights or to see its output, expects its work to be done inside.
-    if not form.hands_on or self._forward_pre_hooks or self._forward_hooks:
+    if not _can_hand_on(self, form.receivers):
         return call.run(forward=forward, num_chunks=num_chunks, parts=[self])
     return HandedOn(self, forward, call.x, num_chunks=num_chunks, dtype=_dtype_after(form, forward, call.x))
+
+
+def _can_hand_on(norm: nn.Module, receivers: list[nn.Module]) -> bool:
+    # Whoever hooks the norm, to gather its weights or to see its output, expects its work to be done inside; and who
+    # hooks a block before it runs may hand the norm's output to autograd, for which it has no graph.
+    is_hooked = bool(norm._forward_pre_hooks or norm._forward_hooks)
+    return bool(receivers) and not is_hooked and all(is_shadowed(m) and not m._forward_pre_hooks for m in receivers)
 
 
 def _dtype_after(form: NormForm, forward: Any, x: Tensor) -> torch.dtype:

@@ -86,6 +86,12 @@ def form_of(module: nn.Module, name: str = "forward") -> Any:
     return module.__dict__[_KEY].forms[name]
 
 
+def is_shadowed(module: nn.Module, name: str = "forward") -> bool:
+    """Whether a module's method runs in another form."""
+    state = module.__dict__.get(_KEY)
+    return state is not None and name in state.forms
+
+
 def forms(model: nn.Module) -> Iterator[Any]:
     """The settings of every shadowed method in ``model``."""
     for module in shadowed(model):

@@ -42,8 +42,8 @@ def connect_optimizers(trainer: Trainer) -> None:
             raise MisconfigurationException(
                 f"{type(optimizer).__name__} steps weights that DeepSpeed keeps in the host's memory, but under"
                 f" {type(trainer.strategy).__name__} they are on a device. Set"
-                " strategy='mst_deepspeed_stage_3_offload', or make another optimizer: on one device, OptimizerOnHost does"
-                " the same."
+                " strategy='mst_deepspeed_stage_3_offload', or make another optimizer. On one device, OptimizerOnHost"
+                " does the same."
             )
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 from torch.utils.data import DataLoader
 
-from lightning_mst import OptimizerInBackward
+from lightning_mst import MSTCallback, OptimizerInBackward
 from lightning_mst.configurations import conf_dir
 from lightning_mst.on_host import OptimizerOnHost, checks
 from lightning_mst.on_host.engine import offloading, without_accelerator
@@ -98,7 +98,11 @@ def test_gradients_leave_the_device_in_the_backward_pass_unless_they_are_to_stay
         loss_of(net, 0).backward()
         assert (net[0].weight.grad is None) == offload
         assert net[0].bias.grad is not None
-        assert all(parameter.grad is not None for parameter in optimizer.parameters())
+        buffers = [parameter.grad for parameter in optimizer.parameters()]
+        assert all(buffer is not None for buffer in buffers)
+        optimizer.zero_grad()
+        loss_of(net, 1).backward()
+        assert optimizer.parameters()[0].grad is buffers[0]  # pinned once
         optimizer.zero_grad()
         assert all(parameter.grad is None for parameter in (*optimizer.parameters(), *net.parameters()))
 
@@ -111,6 +115,27 @@ def test_a_second_gradient_in_a_step_is_no_silent_loss_of_the_first(on_cpu: None
         loss_of(net, 1).backward()
     optimizer.zero_grad()
     loss_of(net, 0).backward()
+
+
+def test_after_a_failed_backward_pass_and_beside_a_second_model_steps_are_as_ever(on_cpu: None) -> None:
+    nets = [model(), model()]
+    optimizers = [OptimizerOnHost(net.parameters(), lr=0.01) for net in nets]
+    plain = model()
+    reference = AdamW(plain.parameters(), lr=0.01, fused=True)
+    for step in range(2):
+        optimizers[0].zero_grad()
+        broken = nets[0][0].weight.register_hook(lambda gradient: 1 / 0)  # the last layer's gradients are there by then
+        with pytest.raises(ZeroDivisionError):
+            loss_of(nets[0], 7).backward()
+        broken.remove()
+        with torch.no_grad():
+            loss_of(nets[0], 8)
+        for net, optimizer in ((nets[0], optimizers[0]), (nets[1], optimizers[1]), (plain, reference)):
+            optimizer.zero_grad()
+            loss_of(net, step).backward()
+            optimizer.step()
+    assert_same(nets[0], plain)
+    assert_same(nets[1], plain)
 
 
 def test_a_weight_without_a_gradient_keeps_its_value_and_adds_nothing_to_the_norm(on_cpu: None) -> None:
@@ -308,6 +333,24 @@ class Program(LightningModule):
         optimizer._step_supports_amp_scaling = False  # or Lightning leaves the clipping of fused optimizers alone
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1 / (1 + n))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def test_the_callback_checks_the_trainer_first_and_takes_the_hooks_off_in_the_end(on_cpu: None) -> None:
+    def run(**options: Any) -> Program:
+        program = Program(on_host=True)
+        settings = {"mlp_chunks": None, "lm_head_chunks": None, "checkpoint_layers": "none"}
+        callback = MSTCallback(**settings, on_oom=options.pop("on_oom", "raise"))
+        Trainer(
+            accelerator="cpu", devices=1, max_steps=1, logger=False, enable_checkpointing=False, callbacks=[callback],
+            enable_progress_bar=False, enable_model_summary=False, **options,
+        ).fit(program)  # fmt: skip
+        return program
+
+    assert hooks_on(run().net) == 0
+    with pytest.raises(MisconfigurationException, match="accumulate_grad_batches=2 "):
+        run(accumulate_grad_batches=2)
+    with pytest.raises(MisconfigurationException, match="half of whose gradients OptimizerOnHost has taken already"):
+        run(on_oom="retry")
 
 
 def fit(folder: Path, *, on_host: bool, steps: int, resume: Path | None = None) -> tuple[Program, Path]:

@@ -39,7 +39,7 @@ def layers() -> tuple[nn.Linear, nn.Linear, Tensor]:
 
 
 def defer(up: nn.Linear, x: Tensor, chunks: int) -> DeferredOutput:
-    def run(finish, parameters, reads_output) -> Tensor:
+    def run(finish, parameters) -> Tensor:
         return token_wise(
             lambda part: finish(up(part)), x, num_chunks=chunks, parameters=[*up.parameters(), *parameters]
         )

@@ -52,6 +52,7 @@ class Case:
     born_in_pieces: bool = False
     only_mlps: bool = False
     adapters: bool = False
+    whole_layer: bool = False
     lengths: tuple[int, int] = (13, 13)
 
 
@@ -72,6 +73,8 @@ CASES = {
     "norm after the MLP, in pieces from the start": Case("Gemma 2", born_in_pieces=True),
     "projections without a module": Case("OPT"),
     "method": Case("BERT", born_in_pieces=True),
+    "whole layers": Case("Llama", whole_layer=True),
+    "whole layers with norms after the blocks": Case("Gemma 2", whole_layer=True, born_in_pieces=True),
 }
 PLAIN = {
     "Llama": Case("Llama", chunks=None),
@@ -185,7 +188,8 @@ def run(case: Case, rank: int, traffic: Traffic) -> Outcome:
     handle = None
     if case.chunks is not None:
         layers = "all" if case.checkpoint else "none"
-        handle = apply_mst(model, mlp_chunks=case.chunks, lm_head_chunks=3, checkpoint_layers=layers)
+        options = {"layer_chunks": 3, "checkpoint_offload": "inputs"} if case.whole_layer else {}
+        handle = apply_mst(model, mlp_chunks=case.chunks, lm_head_chunks=3, checkpoint_layers=layers, **options)
     elif case.checkpoint:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
