@@ -81,9 +81,12 @@ def _of_paper() -> dict[str, str]:
 
 
 def _of_support_table() -> dict[str, str]:
-    found = re.search(r"(\d+ families) of transformers", (ROOT / "docs" / "models.md").read_text(encoding="utf-8"))
+    text = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    found = re.search(r"(\d+ families) of transformers", text)
     assert found is not None
-    return {"families": found[1]}
+    rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.startswith("| ")]
+    with_layers = sum(row[rows[0].index("layer")] == "yes" for row in rows)
+    return {"families": found[1], "layer_families": f"{with_layers} of the families"}
 
 
 def _of_experiments() -> dict[str, str]:

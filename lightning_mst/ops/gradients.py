@@ -88,6 +88,18 @@ def _only_hook(weight: Tensor, hook: Callable[[Tensor], Tensor | None]) -> Itera
         hooks.update(asleep)
 
 
+def put_hooks_back(weights: Iterable[Tensor]) -> None:
+    """Lets weights' own hooks see gradients again after a Python node has let go of what it had saved.
+
+    In torch 2.8, a saved weight under checkpointing is a second tensor with the same gradient accumulator, and takes
+    the weight's hooks with it when it dies.
+    """
+    for weight in weights:
+        hooks = weight._backward_hooks
+        if hooks is not None:
+            weight._backward_hooks = hooks  # who sets it tells the accumulator
+
+
 def check_graph(outputs: Iterable[Tensor], known: Iterable[Tensor], where_to_name: str) -> None:
     """Raises if a tensor that needs a gradient is in the graph of ``outputs`` and would get none.
 

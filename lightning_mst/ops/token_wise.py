@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from lightning_mst.ops.chunking import chunk_bounds, resolve_num_chunks
 from lightning_mst.ops.context import AutocastState, RNGState, drop_autocast_copies, first_order_only
-from lightning_mst.ops.gradients import GradientSums, check_graph
+from lightning_mst.ops.gradients import GradientSums, check_graph, put_hooks_back
 from lightning_mst.ops.last_linear import FindLastLinear, SkipLastLinear
 from lightning_mst.ops.linear_reads import KeepRead, LinearReads, ReplayLinears
 from lightning_mst.ops.region import Region, current_region
@@ -357,10 +357,11 @@ class _SaveFirst(torch.autograd.Function):
     @first_order_only
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
         run: _Run = ctx.run
-        saved = ctx.saved_tensors
         need = ctx.needs_input_grad[1:]
-        count = len(saved) - len(run.weights)
-        inputs, weights = run.backward(saved[:count], need[:count], need[count:])
+        count = len(need) - len(run.weights)
+        saved = ctx.saved_tensors[:count]
+        put_hooks_back(run.weights)
+        inputs, weights = run.backward(saved, need[:count], need[count:])
         return (None, *inputs, *weights)
 
 
