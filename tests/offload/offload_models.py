@@ -18,13 +18,36 @@ from lightning_mst.rewrite.handle import MSTHandle
 from lightning_mst.rewrite.offloading import Offload
 
 VOCAB, LAYERS = 97, 3
+
+
+class AttentionCalls(TorchDispatchMode):
+    """Counts the calls of fused attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += is_fused_attention(func)
+        return func(*args, **(kwargs or {}))
+
+
+def _has_fused_groups() -> bool:
+    """Whether the CPU's fused attention takes grouped queries, as it does not in torch 2.8."""
+    query, key = torch.randn(1, 2, 4, 8), torch.randn(1, 1, 4, 8)
+    with AttentionCalls() as calls:
+        F.scaled_dot_product_attention(query, key, key, enable_gqa=True)
+    return calls.count > 0
+
+
+KV_HEADS, FEWEST_KV_HEADS = (2, 1) if _has_fused_groups() else (4, 4)
 SIZES = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
     "intermediate_size": 72,
     "num_hidden_layers": LAYERS,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "num_key_value_heads": KV_HEADS,
     "attn_implementation": "sdpa",
     "pad_token_id": 0,
     "bos_token_id": 1,
@@ -71,18 +94,6 @@ def offload_of(handle: MSTHandle) -> Offload:
     shared = layer._gradient_checkpointing_func if is_transformers_layer(layer) else layer._mst.forms["forward"]
     assert isinstance(shared, Offload)
     return shared
-
-
-class AttentionCalls(TorchDispatchMode):
-    """Counts the calls of fused attention."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += is_fused_attention(func)
-        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from offload_models import LAYERS, build, distance, gradients, leaves_nothing, loss_of, offload_of, tokens
+from offload_models import KV_HEADS, LAYERS, build, distance, gradients, leaves_nothing, loss_of, offload_of, tokens
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -105,7 +105,7 @@ def test_auto_measures_first_and_moves_what_it_has_time_for_then(monkeypatch):
         assert amounts["host_bytes"] > 2**20
     # Input, attention's output and log-sum-exp, each in the smallest slab; q, k, v and the output of 66 tokens.
     assert asked[0]["always_bytes"] == 3 * 2**16
-    assert asked[0]["all_tokens_bytes"] == 66 * (32 + 16 + 16 + 32) * 8
+    assert asked[0]["all_tokens_bytes"] == 66 * (32 + 2 * 8 * KV_HEADS + 32) * 8
 
 
 def test_a_copy_is_timed():

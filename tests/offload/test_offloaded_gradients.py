@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from offload_models import (
+    FEWEST_KV_HEADS,
     LAYERS,
     AttentionCalls,
     PlainModel,
@@ -49,7 +50,7 @@ def check(
 
 FAMILIES = {
     "Llama": {},
-    "Llama, MQA": {"num_key_value_heads": 1},
+    "Llama, MQA": {"num_key_value_heads": FEWEST_KV_HEADS},
     "Mistral": {"sliding_window": 9},
     "Qwen3": {"head_dim": 8},
     "Gemma3Text": {"head_dim": 8, "sliding_window": 9, "query_pre_attn_scalar": 8},
