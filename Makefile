@@ -33,7 +33,7 @@ $(VENV)-oldest/installed: pyproject.toml constraints-oldest.txt
 	touch $@
 
 test-oldest: $(VENV)-oldest/installed  ## run the tests of the library itself on the oldest supported releases
-	$(VENV)-oldest/bin/python -m pytest -n 2 --dist loadfile tests/ops tests/rewrite tests/memory tests/training tests/strategies tests/test_callback.py
+	$(VENV)-oldest/bin/python -m pytest -n 2 --dist loadfile tests/ops tests/rewrite tests/memory tests/offload tests/training tests/strategies tests/test_callback.py
 
 support-table: $(VENV)/installed  ## test every family of transformers and write docs/models.md's table from the results
 	WRITE_SUPPORT_TABLE=1 $(BIN)/python -m pytest tests/rewrite/test_causal_lms.py

@@ -34,6 +34,7 @@ examples:
   lightning-mst train model=hf model.name=Qwen/Qwen2-0.5B data=text 'data.paths=[book.txt]'
   lightning-mst compare --mst off recompute auto --steps 4 data.sequence_length=16384
   lightning-mst plan model=llama3_8b precision=bf16-true optimizer=adamw_in_backward
+  lightning-mst plan --ladder --host-memory 1TiB model=llama3_8b precision=bf16-true optimizer=adamw_in_backward
   lightning-mst plan --memory 24GiB --length 32768 model=llama3_8b precision=nf4-lora
   lightning-mst train -m experiment=smoke/lm_head
   lightning-mst report multirun

@@ -188,9 +188,11 @@ def fewest_layers(
             predictions[count] = predict(_with_first(config, count, num_layers))
         return predictions[count]
 
+    if at(num_layers).total > room.allowed:
+        return None, at(num_layers)
     if room.holds(at(0)):
         return _with_first(config, 0, num_layers), at(0)
-    if not room.holds(at(num_layers)):
+    if not room.holds(at(num_layers)):  # their inputs are too much for the host
         return None, at(num_layers)
     too_few, enough = 0, num_layers
     while enough - too_few > 1:

@@ -91,8 +91,7 @@ class HostMemory:
         self.allocated -= sum(slab.nbytes for slabs in self._free.values() for slab in slabs)
         self._free.clear()
         if pinned:
-            # torch keeps pinned memory for itself otherwise. Public as torch.accelerator.empty_host_cache only later.
-            torch._C._host_emptyCache()
+            _empty_cache()
 
     def _take_free(self, size: int, pinned: bool) -> Tensor | None:
         """A slab of this size, or the next larger one that there is."""
@@ -141,6 +140,19 @@ def allocating_on_host() -> Iterator[None]:
 def is_allocating_on_host() -> bool:
     """Whether a tensor that is made now is memory of the host."""
     return _allocating
+
+
+def _empty_cache() -> None:
+    """Lets torch give back the pinned memory that it would keep for itself."""
+    if hasattr(torch.accelerator, "empty_host_cache"):
+        torch.accelerator.empty_host_cache()
+    elif hasattr(torch._C, "_host_emptyCache"):  # CUDA's, in releases before
+        torch._C._host_emptyCache()
+
+
+def slabs_bytes(size: int) -> int:
+    """Bytes of the slabs for so many bytes; those of a pool that has only larger ones left are more."""
+    return sum(_slab_sizes(size))
 
 
 def _slab_sizes(size: int) -> list[int]:

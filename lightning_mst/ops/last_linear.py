@@ -8,6 +8,7 @@ call is the last is observed in the forward pass instead of assumed from the blo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from math import nan
 from typing import Any
 
 import torch
@@ -113,7 +114,7 @@ def is_plain(input: Tensor, weight: Tensor) -> bool:
 def linear_without_value(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear`` with a gradient but no value: right in shape and dtype, and nobody may read it."""
     # Without memory, too.
-    return _linear_of(lambda like: like.new_empty(()).expand(_result_shape(like, weight)), input, weight, bias)
+    return _linear_of(lambda like: like.new_full((), nan).expand(_result_shape(like, weight)), input, weight, bias)
 
 
 def linear_of_value(value: Tensor | None, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -130,8 +131,9 @@ def linear_of_value(value: Tensor | None, input: Tensor, weight: Tensor, bias: T
     """
 
     def answer(like: Tensor) -> Tensor:
-        # Memory of its own, as some layers go on in place.
-        return like.new_empty(_result_shape(like, weight)) if value is None else value.to(like.dtype, copy=True)
+        # Memory of its own, as some layers go on in place; not a number, so that who reads it after all is found out.
+        shape = _result_shape(like, weight)
+        return like.new_full(shape, nan) if value is None else value.to(like.dtype, copy=True)
 
     return _linear_of(answer, input, weight, bias)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -26,13 +26,13 @@ class LinearReads:
     """Which linear layers of a block have results that its backward pass reads.
 
     Attributes:
-        calls: how many linear layers one run of the block goes through.
+        shapes: of the weights of the linear layers that one run of the block goes through, (D_out, D) each.
         read: the positions of those whose results are read.
         shown: the positions of those of whose results the block's output is made. They are read where something comes
             after the block that reads its output.
     """
 
-    calls: int
+    shapes: tuple[Size, ...]
     read: frozenset[int]
     shown: frozenset[int]
 
@@ -52,7 +52,7 @@ def find_linear_reads(block: Callable[..., Any], inputs: Sequence[Tensor]) -> Li
     counter = _Replace(None)
     _run(block, inputs, counter)
     read, shown = set(), set()
-    for index in range(counter.calls):
+    for index in range(len(counter.shapes)):
         saved, output = _run(block, inputs, _Replace(index))
         # Twice: what is saved may be as coarse as a comparison with zero.
         for seed in (0, 1):
@@ -61,21 +61,21 @@ def find_linear_reads(block: Callable[..., Any], inputs: Sequence[Tensor]) -> Li
                 read.add(index)
             if _differ(output, other_output):
                 shown.add(index)
-    return LinearReads(counter.calls, frozenset(read), frozenset(shown))
+    return LinearReads(tuple(counter.shapes), frozenset(read), frozenset(shown))
 
 
 class KeepRead(TorchFunctionMode):
     """Takes note of the results that the backward pass will read, in one run of a block.
 
     Attributes:
-        calls: how many linear layers ran.
+        shapes: of the weights of the linear layers that ran.
         kept: by position, the results.
     """
 
     def __init__(self, read: Collection[int]) -> None:
         super().__init__()
         self._read = read
-        self.calls = 0
+        self.shapes: list[Size] = []
         self.kept: dict[int, Tensor] = {}
 
     def __torch_function__(
@@ -88,10 +88,10 @@ class KeepRead(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         linear = as_linear(func, args, kwargs)
         if linear is not None:
-            if self.calls in self._read and is_plain(*linear[:2]):
+            if len(self.shapes) in self._read and is_plain(*linear[:2]):
                 # A copy, as what follows may work in place.
-                self.kept[self.calls] = result.clone()
-            self.calls += 1
+                self.kept[len(self.shapes)] = result.clone()
+            self.shapes.append(linear[1].shape)
         return result
 
 
@@ -130,7 +130,7 @@ class _Replace(TorchFunctionMode):
         super().__init__()
         self._index = index
         self._seed = seed
-        self.calls = 0
+        self.shapes: list[Size] = []
 
     def __torch_function__(
         self,
@@ -143,8 +143,8 @@ class _Replace(TorchFunctionMode):
         linear = as_linear(func, args, kwargs)
         if linear is None:
             return result
-        index, self.calls = self.calls, self.calls + 1
-        if index != self._index:
+        self.shapes.append(linear[1].shape)
+        if len(self.shapes) - 1 != self._index:
             return result
         value = result.detach()
         if self._seed is not None:

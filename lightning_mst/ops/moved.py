@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_mst.ops.host_memory import HostMemory
+from lightning_mst.ops.host_memory import HostMemory, slabs_bytes
 
 
 class Moved:
@@ -30,6 +30,9 @@ class Moved:
         tensor: any shape, plain and dense; others are copied to be so.
         memory: where to.
 
+    Attributes:
+        host_bytes: what it takes on the host.
+
     Raises:
         NotEnoughHostMemory: the host has no room.
         TypeError: for a tensor that is made of others.
@@ -43,15 +46,11 @@ class Moved:
         self._shape, self._stride, self._dtype = tensor.shape, tensor.stride(), tensor.dtype
         self._lane = lane_of(tensor.device)
         self._version = tensor._version
+        self.host_bytes = slabs_bytes(tensor.nbytes)
         self._slabs = memory.take(tensor.nbytes, tensor.device)
         self._here = tensor
         self._is_original = True
         self._copied = self._lane.copy(_pairs(self._slabs, tensor, to_host=True))
-
-    @property
-    def host_bytes(self) -> int:
-        """Bytes on the host."""
-        return sum(slab.nbytes for slab in self._slabs)
 
     def leave(self) -> None:
         """Gives up the tensor on the device, as soon as it is copied."""

@@ -234,8 +234,10 @@ class _Run:
     def _keep(self, keep: KeepRead, start: int, stop: int) -> None:
         """Puts the results of one chunk's linear layers to the other chunks'."""
         assert self.reads is not None
-        if keep.calls != self.reads.calls:
-            # Not the block that was tried: an adapter has been switched off, for example. All of it runs again.
+        has_other_rows = any(result.shape[:-1].numel() != stop - start for result in keep.kept.values())
+        if tuple(keep.shapes) != self.reads.shapes or has_other_rows:
+            # Not the block that was tried, as when another adapter has been switched on; or a layer's input is no
+            # tokens, as in DoRA's norm of a weight. All of it runs again.
             self.reads = None
             self.kept.clear()
             return

@@ -20,6 +20,7 @@ from lightning_mst.ops.linear_reads import LinearReads
 from lightning_mst.rewrite.attention_interface import Projected, attention_of, is_by_heads, stop, with_attention
 from lightning_mst.rewrite.call import Call
 from lightning_mst.rewrite.handed_on import real
+from lightning_mst.rewrite.hooks import is_hooked, is_hooked_inside
 from lightning_mst.rewrite.joining import defer
 from lightning_mst.rewrite.pace import Pace
 from lightning_mst.rewrite.shadow import form_of, original_forward, shadow_method
@@ -81,6 +82,8 @@ def _attention_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     arguments.check()
     name = type(self).__name__
     last = [self.get_submodule(child) for child in form.after]
+    # The trial ran without hooks. One that uses the output of a projection reads what is not read otherwise.
+    reads, reads_after = (None, None) if is_hooked_inside(self) else (form.reads, form.reads_after)
     options: dict[str, Any] = {}
     num_tokens = call.x.shape[:2].numel()
 
@@ -95,7 +98,7 @@ def _attention_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return in_turn(last, parts[0] if len(parts) == 1 else torch.cat(parts, -1))
 
     projected = call.run(
-        forward=first, num_chunks=num_chunks, parts=list(_without(self, last)), reads=form.reads, movable=True
+        forward=first, num_chunks=num_chunks, parts=list(_without(self, last)), reads=reads, movable=True
     )
     arguments.forget()
     outputs, weights = _attend(self, projected, arguments.mask, options)
@@ -104,13 +107,12 @@ def _attention_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         "forward": after,
         "num_chunks": num_chunks,
         "parts": last,
-        "reads": form.reads_after,
+        "reads": reads_after,
         "movable": True,
     }
     end = Call(name, tuple(outputs), {})
     # Whoever hooks the module, to gather its weights or to see its output, expects its work to be done inside.
-    is_hooked = bool(self._forward_pre_hooks or self._forward_hooks)
-    result = defer(end, call.x.shape[-1], **how) if form.is_followed and not is_hooked else end.run(**how)
+    result = defer(end, call.x.shape[-1], **how) if form.is_followed and not is_hooked(self) else end.run(**how)
     return (result, weights) if form.returns_weights else result
 
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lightning_mst.ops.context import AutocastState, RNGState
 from lightning_mst.ops.linear_reads import LinearReads, find_linear_reads
 from lightning_mst.rewrite.attention import Arguments, in_turn, project, rewrite_attention
 from lightning_mst.rewrite.attention_interface import uses_interface, with_attention
-from lightning_mst.rewrite.modes import eval_mode
+from lightning_mst.rewrite.modes import eval_mode, train_mode
 from lightning_mst.rewrite.probe import TOLERANCE, without_hooks
 from lightning_mst.rewrite.shadow import restore
 from lightning_mst.rewrite.stand_in import is_out_of_reach, stand_in, units_inside
@@ -62,7 +64,7 @@ def probe_attention(module: nn.Module, widths: Iterable[int]) -> AttentionVerdic
         twin = _twin(module)
     except RuntimeError as error:  # it holds what torch can't copy, such as a state with a graph
         return AttentionVerdict(f"can't be copied for a trial ({_first_line(error)})")
-    reason = "no width of the model's fits it"
+    likeliest: str | None = None
     for width in widths:
         for rotary in _rotary_widths(module):
             try:
@@ -71,8 +73,8 @@ def probe_attention(module: nn.Module, widths: Iterable[int]) -> AttentionVerdic
                 return AttentionVerdict(str(error))
             except Exception as error:  # whatever a stranger's forward raises is the answer, and is shown
                 what = f"{type(error).__name__}: {_first_line(error)}"
-                reason = f"does not run on hidden states and a rotary embedding ({what})"
-    return AttentionVerdict(reason)
+                likeliest = likeliest or f"does not run on hidden states and a rotary embedding ({what})"
+    return AttentionVerdict(likeliest or "no width of the model's fits it")
 
 
 def _first_line(error: Exception) -> str:
@@ -131,6 +133,27 @@ class _Heard:
         return output, None
 
 
+class _SureDropout(TorchFunctionMode):
+    """Lets dropout scale what it is given and draw nothing, so that two runs show whether it is in both of them."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func not in (F.dropout, torch.dropout):
+            return func(*args, **(kwargs or {}))
+        bound = _DROPOUT.bind(*args, **(kwargs or {}))
+        bound.apply_defaults()
+        x, p, training = bound.args[:3]
+        return x * (1 - p / 2) if training else x * 1
+
+
+_DROPOUT = inspect.signature(F.dropout)
+
+
 @dataclass
 class _Trial:
     module: nn.Module
@@ -139,7 +162,7 @@ class _Trial:
     rotary: int
 
     def verdict(self) -> AttentionVerdict:
-        with AutocastState.now(torch.device("cpu")).disabled(), eval_mode(self.twin):
+        with AutocastState.now(torch.device("cpu")).disabled(), train_mode(self.twin), _SureDropout():
             form = self._structure()
             self._compare(self.twin, form, gradients=True)
         if not is_out_of_reach(self.module):

@@ -14,7 +14,8 @@ from lightning_mst.ops.moved import Moved, lane_of
 from lightning_mst.ops.region import Region
 from lightning_mst.rewrite.token_fraction import largest_token_fraction
 
-_TRIAL_BYTES = 4 * SLAB_BYTES
+# A trial copies as much as a layer does, within these bounds: shorter ones measure the launch, longer ones take memory.
+_TRIAL_BYTES = (SLAB_BYTES // 16, 4 * SLAB_BYTES)
 # Slabs are a little larger than what they hold, and other programs need memory, too.
 _USABLE = 0.9
 
@@ -61,18 +62,26 @@ class AutoFraction:
         return largest_token_fraction(
             always_bytes=self._always_bytes,
             all_tokens_bytes=self._movable_bytes,
-            bytes_per_second=copied_per_second(device, memory),
+            bytes_per_second=copied_per_second(device, self._always_bytes),
             layer_seconds=median(lane.seconds_between(start, end) for start, end in pairwise(self._starts)),
             num_layers=self._num_layers,
             host_bytes=int(_USABLE * (free_host_memory() / processes_here() + memory.allocated)),
         )
 
 
-def copied_per_second(device: torch.device, memory: HostMemory) -> float:
-    """Bytes per second of a copy from a device to the host, tried."""
-    lane = lane_of(device)
-    tensor = torch.empty(_TRIAL_BYTES, dtype=torch.uint8, device=device)
+def copied_per_second(device: torch.device, size: int) -> float:
+    """Bytes per second of a copy from a device to the host, tried.
+
+    Args:
+        device: the device.
+        size: bytes of a usual copy.
+    """
+    lane, memory = lane_of(device), HostMemory()
+    size = min(max(size, _TRIAL_BYTES[0]), _TRIAL_BYTES[1])
+    tensor = torch.empty(size, dtype=torch.uint8, device=device)
     Moved(tensor, memory).leave()  # its slabs are there now
     start = lane.mark()
     Moved(tensor, memory).leave()
-    return _TRIAL_BYTES / lane.seconds_between(start, lane.mark())
+    seconds = lane.seconds_between(start, lane.mark())
+    memory.release()
+    return size / seconds

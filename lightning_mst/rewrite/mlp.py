@@ -11,6 +11,7 @@ from torch import nn
 from lightning_mst.ops.chunking import BlockCost
 from lightning_mst.rewrite.call import Call
 from lightning_mst.rewrite.handed_on import real
+from lightning_mst.rewrite.hooks import is_hooked
 from lightning_mst.rewrite.joining import defer, rewrite_joining
 from lightning_mst.rewrite.pace import Pace
 from lightning_mst.rewrite.routers import has_listeners, rewrite_router
@@ -86,8 +87,7 @@ def _mlp_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     routers = [router for router in form.routers if has_listeners(router)]
     how: dict[str, Any] = {"forward": forward, "num_chunks": num_chunks, "parts": form.parts, "routers": routers}
     # Whoever hooks the MLP, to gather its weights or to see its output, expects its work to be done inside.
-    is_hooked = bool(self._forward_pre_hooks or self._forward_hooks)
-    return defer(call, call.x.shape[-1], **how) if form.is_followed and not is_hooked else call.run(**how)
+    return defer(call, call.x.shape[-1], **how) if form.is_followed and not is_hooked(self) else call.run(**how)
 
 
 def _run_method(name: str, self: nn.Module, *args: Any, **kwargs: Any) -> Any:

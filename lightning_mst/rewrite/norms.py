@@ -14,6 +14,7 @@ from lightning_mst.ops.deferred_output import DeferredOutput
 from lightning_mst.rewrite.call import Call
 from lightning_mst.rewrite.fsdp1 import weights_of
 from lightning_mst.rewrite.handed_on import HandedOn
+from lightning_mst.rewrite.hooks import has_pre_hooks, is_hooked
 from lightning_mst.rewrite.pace import Pace
 from lightning_mst.rewrite.shadow import form_of, is_shadowed, original_forward, shadow_method
 
@@ -63,8 +64,7 @@ def _norm_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def _can_hand_on(norm: nn.Module, receivers: list[nn.Module]) -> bool:
     # Whoever hooks the norm, to gather its weights or to see its output, expects its work to be done inside; and who
     # hooks a block before it runs may hand the norm's output to autograd, for which it has no graph.
-    is_hooked = bool(norm._forward_pre_hooks or norm._forward_hooks)
-    return bool(receivers) and not is_hooked and all(is_shadowed(m) and not m._forward_pre_hooks for m in receivers)
+    return bool(receivers) and not is_hooked(norm) and all(is_shadowed(m) and not has_pre_hooks(m) for m in receivers)
 
 
 def _dtype_after(form: NormForm, forward: Any, x: Tensor) -> torch.dtype:

@@ -53,6 +53,7 @@ class Offload:
         self.memory = HostMemory()
         self._last: Callable[[], Region | None] = _none
         self._checked_bytes = 0
+        self._seeks_attention = what == "inputs+attention"
         self._calls_without_attention = 0
         self._auto = AutoFraction(num_layers) if fraction == "auto" else None
 
@@ -111,10 +112,11 @@ class Offload:
 
     def _check_attention(self, region: Region, function: Callable[..., Any]) -> None:
         """Notices after as many calls as there are layers that none has fused attention; some layers need not."""
-        if self._what == "inputs" or self._calls_without_attention < 0:
+        if not self._seeks_attention:
             return
-        self._calls_without_attention = -1 if region.has_attention else self._calls_without_attention + 1
-        if self._calls_without_attention == self._num_layers:
+        self._seeks_attention = not region.has_attention
+        self._calls_without_attention += not region.has_attention
+        if self._calls_without_attention >= self._num_layers:
             raise RuntimeError(
                 "checkpoint_offload='inputs+attention' keeps the results of fused attention, but no checkpointed layer "
                 f"ran any: {_attention_of(function)}. Choose attn_implementation='flash_attention_2' or 'sdpa' (with "
@@ -126,7 +128,6 @@ class Offload:
         size = region.host_bytes
         if is_rehearsing() or size <= self._checked_bytes:
             return
-        self._checked_bytes = size
         processes = processes_here()
         needed = size * self._num_layers * processes
         available = free_host_memory() + self.memory.allocated * processes
@@ -140,6 +141,7 @@ class Offload:
                 f"{what}; {in_words(available)} are available. Take shorter sequences, a smaller batch or fewer "
                 "processes on this machine, or checkpoint_offload='inputs' or None."
             )
+        self._checked_bytes = size
         _log.info("%s; %s are available.", what, in_words(available))
 
 

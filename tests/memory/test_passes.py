@@ -26,7 +26,7 @@ def passes(family: str, config: MSTConfig, freeze: bool = False, **options: obje
             parameter.requires_grad_("mlp" not in name)
     if not config.asks_for_nothing:
         apply_mst(model, config)
-    return passes_of(model, Step(token_batch(1, 103), causal_loss, lambda _: None), fake)
+    return passes_of(model, Step(token_batch(1, 27), causal_loss, lambda _: None), fake)
 
 
 @pytest.mark.parametrize(

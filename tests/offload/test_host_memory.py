@@ -37,6 +37,16 @@ def test_slabs_waste_little_and_are_used_again():
     assert memory.allocated == memory.in_use == 0
 
 
+def test_a_larger_slab_serves_where_none_of_the_size_is_left():
+    memory = HostMemory()
+    memory.give_back(memory.take(SLAB_BYTES, CPU))
+    moved = Moved(torch.arange(5.0), memory)
+    assert memory.in_use == memory.allocated == SLAB_BYTES
+    assert moved.host_bytes == 2**16  # what it would take
+    moved.leave()
+    assert torch.equal(moved.fetch(), torch.arange(5.0))
+
+
 def test_a_copy_of_a_pool_is_empty():
     memory = HostMemory()
     slabs = memory.take(100, CPU)

@@ -37,9 +37,10 @@ def test_too_little_host_memory_is_said_after_the_first_layer_with_what_is_neede
             needed = (
                 f"needs {LAYERS * each / 2**20:.1f} MiB of host memory: {each / 2**20:.1f} MiB for each of 3 layers"
             )
-            with pytest.raises(NotEnoughHostMemory, match=f"{needed}; .* are available. Take shorter sequences"):
-                loss_of(model)
-        assert not calls
+            for _ in range(2):  # a step that is tried again is refused again
+                with pytest.raises(NotEnoughHostMemory, match=f"{needed}; .* are available. Take shorter sequences"):
+                    loss_of(model)
+        assert len(calls) <= 2  # transformers 5.0 calls a layer's hooks inside of its checkpoint
         for hook in hooks:
             hook.remove()
         gc.collect()
@@ -165,8 +166,9 @@ def test_attention_that_is_not_one_operator_is_refused_in_the_first_forward_pass
     if attention is not None:
         model = build(attn_implementation=attention)
         handle = apply_mst(model, **options)
-        with pytest.raises(RuntimeError, match=f"no checkpointed layer ran any: .*{said}.*'sdpa'"):
-            loss_of(model)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=f"no checkpointed layer ran any: .*{said}.*'sdpa'"):
+                loss_of(model)
     else:
         plain = PlainModel().double()
         handle = apply_mst(plain, **{**options, "mlp_chunks": None})

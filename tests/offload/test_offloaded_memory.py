@@ -11,6 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "memory"))
 
 from memory_tools import adamw, causal_lm, causal_loss, real_step, rehearsed_step, token_batch
+from offload_models import KV_HEADS
 
 from lightning_mst import MSTConfig
 from lightning_mst.memory.tensor_bytes import TensorBytes
@@ -37,7 +38,7 @@ def compare(what: str | None, layer_chunks: int | None = None) -> tuple[int, int
     """The same in a real step and in a rehearsal; returns the device's peak in the last layer, and the host's."""
     batch = token_batch(1, LENGTH)
     config = MSTConfig(4, 8, layer_chunks=layer_chunks, checkpoint_offload=what)
-    sizes = {"num_hidden_layers": LAYERS, "hidden_size": WIDTH}
+    sizes = {"num_hidden_layers": LAYERS, "hidden_size": WIDTH, "num_key_value_heads": KV_HEADS}
     watch = real_step(causal_lm(**sizes), [batch] * 2, causal_loss, adamw, config, batch=1)
     held = rehearsed_step(causal_lm(**sizes), batch, causal_loss, adamw, config)
     assert held.peak == pytest.approx(watch.total, rel=TOLERANCE)
