@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 
 from torch import nn
 
@@ -108,13 +109,22 @@ def with_optimizer_on_host(
     Returns:
         The name of the optimizer, and the setting; ``None`` where no engine brings one: torchao's is for one device
         and one batch per step, DeepSpeed's for its stage 3.
+
+    Raises:
+        ModuleNotFoundError: the engine is not installed.
     """
     if training.strategy == "single" and training.accumulate_grad_batches == 1:
-        name, strategy = "adamw_cpu_offload", "single"
+        name, strategy, package, extra = "adamw_cpu_offload", "single", "torchao", "quantized"
     elif training.strategy == "zero3":
-        name, strategy = "deepspeed_cpu_adam", "zero3_offload"
+        name, strategy, package, extra = "deepspeed_cpu_adam", "zero3_offload", "deepspeed", "deepspeed"
     else:
         return None
+    if find_spec(package) is None:  # told now, not after all the other rungs
+        raise ModuleNotFoundError(
+            f"A ladder ends with the optimizer on the host ({name}), which needs the package {package}: "
+            f"pip install 'lightning-mst[{extra}]'",
+            name=package,
+        )
     return name, Setting(model, replace(training, make_optimizer=make_optimizer(name), strategy=strategy))
 
 

@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
             measure(arguments)
         else:
             _plan(arguments)
-    except (HydraException, ValueError, OSError) as error:
+    except (HydraException, ValueError, OSError, ModuleNotFoundError) as error:
         print(f"lightning-mst plan: {error}", file=sys.stderr)
         raise SystemExit(1) from error
 

@@ -21,7 +21,8 @@ class MSTConfig:
         lm_head_chunks: the same for the LM head with its loss (``"paper"``: M = V / D).
         checkpoint_layers: which decoder layers recompute their activations in the backward pass: ``"all"``, ``"none"``
             (leave the model's own setting as it is), a whole number n for every n-th layer, a list of layer indices,
-            or ``"auto"`` for as few as the device's memory allows.
+            or ``"auto"`` for as few as the device's memory allows; where all are not enough, with whole layers in
+            mini-sequences, and then with their inputs on the host.
         layer_chunks: the same as ``mlp_chunks`` for the other token-wise parts of each decoder layer: its norms, the
             projections around attention and the rotary embedding. ``None`` leaves them as they are.
         checkpoint_offload: what checkpointed layers keep in the host's memory: ``None`` (nothing), ``"inputs"`` (each
@@ -78,6 +79,8 @@ class MSTConfig:
     ) -> MSTConfig:
         """Settings that recompute only as many layers as a device requires.
 
+        Where all are not enough, whole layers run in mini-sequences, and then their inputs go to the host.
+
         Args:
             device_memory: of each device, such as ``"80GiB"``.
             sequence_length: tokens in the longest sequences; default: in those of the first batch.
@@ -110,6 +113,11 @@ class MSTConfig:
             raise ValueError(
                 f"offload_fraction={fraction!r} needs checkpoint_offload='inputs+attention'; got "
                 f"{self.checkpoint_offload!r}."
+            )
+        if fraction != 0 and self.layer_chunks is None:
+            raise ValueError(
+                f"offload_fraction={fraction!r} moves results of mini-sequences around attention, but layer_chunks=None "
+                "makes none. Set layer_chunks='auto' as well."
             )
 
     def _check_sizes(self) -> None:

@@ -9,7 +9,7 @@ from memory_tools import adamw, causal_lm
 from torch import nn
 
 from lightning_mst import MSTConfig
-from lightning_mst.memory import Plan, plan
+from lightning_mst.memory import Plan, plan, rungs
 from lightning_mst.memory.planner import TooLarge, peak_place
 from lightning_mst.memory.prediction import KINDS
 from lightning_mst.memory.rungs import with_optimizer_on_host
@@ -106,6 +106,12 @@ def test_a_ladder_ends_with_the_optimizer_on_the_host_where_an_engine_does_that(
     assert (found and found[0]) == expected
     if expected == "deepspeed_cpu_adam":
         assert found[1].training.strategy == "zero3_offload"
+
+
+def test_a_ladder_without_the_engine_of_its_last_rung_names_the_package_at_once(monkeypatch):
+    monkeypatch.setattr(rungs, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"torchao: pip install 'lightning-mst\[quantized\]'"):
+        small_plan(ladder=True)
 
 
 def test_a_length_that_nothing_reaches_says_what_it_would_take():

@@ -285,6 +285,21 @@ def test_a_wrong_number_is_named(value):
         MSTConfig(layer_chunks=value)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"checkpoint_offload": "all"}, "checkpoint_offload='all' is not known"),
+        ({"checkpoint_offload": "inputs", "checkpoint_layers": "none"}, "checkpoint_layers='none' checkpoints none"),
+        ({"offload_fraction": 0.5}, "needs checkpoint_offload='inputs\\+attention'; got None"),
+        ({"offload_fraction": 2, "checkpoint_offload": "inputs+attention"}, "offload_fraction=2 is not a fraction"),
+        ({"offload_fraction": 0.5, "checkpoint_offload": "inputs+attention"}, "Set layer_chunks='auto' as well"),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        MSTConfig(**options)
+
+
 def test_heads_fall_into_groups_only_where_a_group_keeps_a_device_busy():
     assert attention_module.head_groups(32, 8, 2**18) == 8
     assert attention_module.head_groups(32, 8, 2**13) == 4
