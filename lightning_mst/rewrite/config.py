@@ -116,8 +116,8 @@ class MSTConfig:
             )
         if fraction != 0 and self.layer_chunks is None:
             raise ValueError(
-                f"offload_fraction={fraction!r} moves results of mini-sequences around attention, but layer_chunks=None "
-                "makes none. Set layer_chunks='auto' as well."
+                f"offload_fraction={fraction!r} moves results of mini-sequences around attention, but layer_chunks="
+                "None makes none. Set layer_chunks='auto' as well."
             )
 
     def _check_sizes(self) -> None:
