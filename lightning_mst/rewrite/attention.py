@@ -30,44 +30,46 @@ _MASK = "attention_mask"
 _ELSEWHERE = ("past_key_values", "past_key_value", "layer_past", "key_value_states", "encoder_hidden_states")
 
 
+@dataclass(frozen=True)
+class AttentionParts:
+    """What an attention module does before and after its attention, as ``attention_probe`` finds it.
+
+    Attributes:
+        after: names of the children that run after the attention, in order, each on the output of the one before.
+        returns_weights: whether the module returns (output, attention weights) or the output alone.
+        reads: which results of the linear layers before the attention are read in the backward pass.
+        reads_after: the same of those after it.
+    """
+
+    after: tuple[str, ...]
+    returns_weights: bool
+    reads: LinearReads
+    reads_after: LinearReads
+
+
 @dataclass
 class AttentionForm:
     """The settings of an attention module in mini-sequence form."""
 
     chunks: int | str
-    # Names of the children that run after the attention, in order, each on the output of the one before.
-    after: tuple[str, ...]
-    # Whether the module returns (output, attention weights) or the output alone.
-    returns_weights: bool
-    reads: LinearReads | None
-    reads_after: LinearReads | None
+    parts: AttentionParts
+    # Whether the layer gives the module's output to a norm in mini-sequence form, which then joins it.
     is_followed: bool
     pace: Pace = field(default_factory=Pace)
 
 
 def rewrite_attention(
-    module: nn.Module,
-    chunks: int | str,
-    *,
-    after: tuple[str, ...],
-    returns_weights: bool,
-    reads: LinearReads | None,
-    reads_after: LinearReads | None,
-    is_followed: bool = False,
+    module: nn.Module, chunks: int | str, parts: AttentionParts, *, is_followed: bool = False
 ) -> None:
     """Lets all of an attention module but the attention itself run over mini-sequences.
 
     Args:
-        module: a module that ``attention_probe`` has tried.
+        module: the module.
         chunks: M, ``"auto"`` or ``"paper"``.
-        after: names of its children that run after the attention, in order.
-        returns_weights: whether it returns (output, attention weights) or the output alone.
-        reads: of what comes before the attention; see ``token_wise``.
-        reads_after: of what comes after it.
+        parts: what it does before and after its attention.
         is_followed: whether the layer gives the module's output to a norm in mini-sequence form, which then joins it.
     """
-    form = AttentionForm(chunks, after, returns_weights, reads, reads_after, is_followed)
-    shadow_method(module, _attention_forward, form)
+    shadow_method(module, _attention_forward, AttentionForm(chunks, parts, is_followed))
 
 
 def _attention_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -81,9 +83,9 @@ def _attention_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return arguments.run()
     arguments.check()
     name = type(self).__name__
-    last = [self.get_submodule(child) for child in form.after]
+    last = [self.get_submodule(child) for child in form.parts.after]
     # The trial ran without hooks. One that uses the output of a projection reads what is not read otherwise.
-    reads, reads_after = (None, None) if is_hooked_inside(self) else (form.reads, form.reads_after)
+    known = not is_hooked_inside(self)
     options: dict[str, Any] = {}
     num_tokens = call.x.shape[:2].numel()
 
@@ -98,7 +100,11 @@ def _attention_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return in_turn(last, parts[0] if len(parts) == 1 else torch.cat(parts, -1))
 
     projected = call.run(
-        forward=first, num_chunks=num_chunks, parts=list(_without(self, last)), reads=reads, movable=True
+        forward=first,
+        num_chunks=num_chunks,
+        parts=list(_without(self, last)),
+        reads=form.parts.reads if known else None,
+        movable=True,
     )
     arguments.forget()
     outputs, weights = _attend(self, projected, arguments.mask, options)
@@ -107,13 +113,13 @@ def _attention_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         "forward": after,
         "num_chunks": num_chunks,
         "parts": last,
-        "reads": reads_after,
+        "reads": form.parts.reads_after if known else None,
         "movable": True,
     }
     end = Call(name, tuple(outputs), {})
     # Whoever hooks the module, to gather its weights or to see its output, expects its work to be done inside.
     result = defer(end, call.x.shape[-1], **how) if form.is_followed and not is_hooked(self) else end.run(**how)
-    return (result, weights) if form.returns_weights else result
+    return (result, weights) if form.parts.returns_weights else result
 
 
 def _attend(

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_mst.ops.context import AutocastState, RNGState
-from lightning_mst.ops.linear_reads import LinearReads, find_linear_reads
-from lightning_mst.rewrite.attention import Arguments, in_turn, project, rewrite_attention
+from lightning_mst.ops.linear_reads import find_linear_reads
+from lightning_mst.rewrite.attention import Arguments, AttentionParts, in_turn, project, rewrite_attention
 from lightning_mst.rewrite.attention_interface import uses_interface, with_attention
 from lightning_mst.rewrite.modes import eval_mode, train_mode
 from lightning_mst.rewrite.probe import TOLERANCE, without_hooks
@@ -25,26 +25,7 @@ from lightning_mst.rewrite.stand_in import is_out_of_reach, stand_in, units_insi
 _BATCH, _TOKENS, _CHUNKS = 2, 5, 3
 
 
-@dataclass(frozen=True)
-class AttentionVerdict:
-    """What a probe of an attention module found out.
-
-    Attributes:
-        reason: why it must be left as it is, or ``None``.
-        after: names of the children that run after the attention, in order.
-        returns_weights: whether it returns (output, attention weights) or the output alone.
-        reads: which results of the linear layers before the attention are read in the backward pass.
-        reads_after: the same of those after it.
-    """
-
-    reason: str | None
-    after: tuple[str, ...] = ()
-    returns_weights: bool = False
-    reads: LinearReads | None = None
-    reads_after: LinearReads | None = None
-
-
-def probe_attention(module: nn.Module, widths: Iterable[int]) -> AttentionVerdict:
+def probe_attention(module: nn.Module, widths: Iterable[int]) -> AttentionParts | str:
     """Runs a few random tokens through an attention module as it is and in mini-sequences.
 
     Outputs are compared with the module's own weights, gradients with a copy's on the CPU, whose weights are random.
@@ -54,27 +35,27 @@ def probe_attention(module: nn.Module, widths: Iterable[int]) -> AttentionVerdic
         widths: values of D to try, the likeliest first.
 
     Returns:
-        The verdict.
+        What it does before and after its attention, or why it must be left as it is.
     """
     if not uses_interface(module):
-        return AttentionVerdict("does not call its attention by transformers' interface")
+        return "does not call its attention by transformers' interface"
     if (units := units_inside(module)) is not None:
-        return AttentionVerdict(units)
+        return units
     try:
         twin = _twin(module)
     except RuntimeError as error:  # it holds what torch can't copy, such as a state with a graph
-        return AttentionVerdict(f"can't be copied for a trial ({_first_line(error)})")
+        return f"can't be copied for a trial ({_first_line(error)})"
     likeliest: str | None = None
     for width in widths:
         for rotary in _rotary_widths(module):
             try:
-                return _Trial(module, twin, width, rotary).verdict()
+                return _Trial(module, twin, width, rotary).parts()
             except _Differs as error:
-                return AttentionVerdict(str(error))
+                return str(error)
             except Exception as error:  # whatever a stranger's forward raises is the answer, and is shown
                 what = f"{type(error).__name__}: {_first_line(error)}"
                 likeliest = likeliest or f"does not run on hidden states and a rotary embedding ({what})"
-    return AttentionVerdict(likeliest or "no width of the model's fits it")
+    return likeliest or "no width of the model's fits it"
 
 
 def _first_line(error: Exception) -> str:
@@ -161,18 +142,17 @@ class _Trial:
     width: int
     rotary: int
 
-    def verdict(self) -> AttentionVerdict:
+    def parts(self) -> AttentionParts:
         with AutocastState.now(torch.device("cpu")).disabled(), train_mode(self.twin), _SureDropout():
-            form = self._structure()
-            self._compare(self.twin, form, gradients=True)
+            parts = self._structure()
+            self._compare(self.twin, parts, gradients=True)
         if not is_out_of_reach(self.module):
             device = next(self.module.parameters()).device
             with AutocastState.now(device).disabled(), eval_mode(self.module), torch.no_grad():
-                self._compare(self.module, form, gradients=False)
-        return AttentionVerdict(None, **form)
+                self._compare(self.module, parts, gradients=False)
+        return parts
 
-    def _structure(self) -> dict[str, Any]:
-        """What ``rewrite_attention`` has to know."""
+    def _structure(self) -> AttentionParts:
         heard = _Heard()
         after: list[str] = []
 
@@ -195,17 +175,17 @@ class _Trial:
         last = [self.twin.get_submodule(name) for name in after]
         assert heard.output is not None
         merged = heard.output.flatten(2).requires_grad_()
-        return {
-            "after": tuple(after),
-            "returns_weights": isinstance(result, tuple),
-            "reads": find_linear_reads(run, arguments.tokens),
-            "reads_after": find_linear_reads(partial(in_turn, last), [merged]),
-        }
+        return AttentionParts(
+            after=tuple(after),
+            returns_weights=isinstance(result, tuple),
+            reads=find_linear_reads(run, arguments.tokens),
+            reads_after=find_linear_reads(partial(in_turn, last), [merged]),
+        )
 
-    def _compare(self, module: nn.Module, form: dict[str, Any], *, gradients: bool) -> None:
+    def _compare(self, module: nn.Module, parts: AttentionParts, *, gradients: bool) -> None:
         heard, again = _Heard(), _Heard()
         expected = self._run(module, heard, gradients)
-        rewrite_attention(module, _CHUNKS, **form)
+        rewrite_attention(module, _CHUNKS, parts)
         try:
             got = self._run(module, again, gradients)
         finally:

@@ -8,9 +8,9 @@ from functools import partial
 
 from torch import nn
 
-from lightning_mst.rewrite.attention import rewrite_attention
+from lightning_mst.rewrite.attention import AttentionParts, rewrite_attention
 from lightning_mst.rewrite.attention_interface import uses_interface
-from lightning_mst.rewrite.attention_probe import AttentionVerdict, probe_attention
+from lightning_mst.rewrite.attention_probe import probe_attention
 from lightning_mst.rewrite.dataflow import ATTENTION, NormFlow, may_be_norm, norm_flow
 from lightning_mst.rewrite.discovery import Candidate, signature
 from lightning_mst.rewrite.norms import rewrite_norm
@@ -84,19 +84,10 @@ class _Search:
         key = ("attention", signature(module))
         if key not in self._verdicts:
             self._verdicts[key] = probe_attention(module, widths)
-        verdict = self._verdicts[key]
-        assert isinstance(verdict, AttentionVerdict)
-        if verdict.reason is not None:
-            return Candidate(name, type(module).__name__, None, verdict.reason)
-        rewrite = partial(
-            rewrite_attention,
-            module,
-            after=verdict.after,
-            returns_weights=verdict.returns_weights,
-            reads=verdict.reads,
-            reads_after=verdict.reads_after,
-            is_followed=is_followed,
-        )
+        parts = self._verdicts[key]
+        if not isinstance(parts, AttentionParts):
+            return Candidate(name, type(module).__name__, None, str(parts))
+        rewrite = partial(rewrite_attention, module, parts=parts, is_followed=is_followed)
         return Candidate(name, type(module).__name__, rewrite)
 
     def is_norm(self, module: nn.Module, widths: list[int]) -> bool:
