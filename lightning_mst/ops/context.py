@@ -66,7 +66,7 @@ def first_order_only(backward: Callable[..., Any]) -> Callable[..., Any]:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "Gradients of a block in mini-sequence form can't be differentiated again (create_graph=True). Switch "
-                "the block off for such a step: mlp_chunks=None, lm_head_chunks=None."
+                "the block off for such a step: mlp_chunks=None, lm_head_chunks=None, layer_chunks=None."
             )
         return backward(ctx, *grads)
 

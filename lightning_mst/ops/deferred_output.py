@@ -56,12 +56,13 @@ class DeferredOutput(DeferredTensor):
     _run: Run
     _step: _Step
     _real: Tensor | None
+    _has_graph: bool
 
     @staticmethod
     def __new__(cls, run: Run, step: _Step, shape: torch.Size, dtype: torch.dtype, device: Any) -> DeferredOutput:
         """Makes the tensor; ``defer_output`` is the way to call this."""
         result = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
-        result._run, result._step, result._real = run, step, None
+        result._run, result._step, result._real, result._has_graph = run, step, None, False
         return result
 
     @property
@@ -80,13 +81,14 @@ class DeferredOutput(DeferredTensor):
             (\\*lead, D_out).
         """
         if self._real is not None:
-            return function(self._real)
+            return function(self.real())
         step = self._step  # and not self: what the chunks' function refers to lives until backward
         return self._run(lambda output: function(step.of(output)), parameters)
 
     def real(self) -> Tensor:
-        """The output, of all tokens; computed at the first call and kept."""
-        if self._real is None:
+        """The output, of all tokens; computed at the first call, and at the first with a graph, and kept."""
+        if self._real is None or (torch.is_grad_enabled() and not self._has_graph):
+            self._has_graph = torch.is_grad_enabled()
             self._real = self._run(self._step.of, ())
         return self._real
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
 from functools import cache
 from typing import Any
@@ -29,6 +30,17 @@ def is_fused_attention(operator: Any) -> bool:
     return bool(_NAME.search(name)) and not _NOT.search(name)
 
 
+def writes_arguments(operator: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call of an operator does more than to give a result: it fills a tensor that it is given."""
+    schema = getattr(operator, "_schema", None)  # operators of higher order have none
+    for index, argument in enumerate(schema.arguments if schema is not None else ()):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = args[index] if index < len(args) else kwargs.get(argument.name)
+            if given is not None:
+                return True
+    return False
+
+
 class _Attentions(TorchDispatchMode):
     """Sees every operator of a layer."""
 
@@ -44,7 +56,7 @@ class _Attentions(TorchDispatchMode):
         self._region = region
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not is_fused_attention(func):
+        if not is_fused_attention(func) or writes_arguments(func, args, kwargs or {}):
             return func(*args, **(kwargs or {}))
         return self._attention(func, args, kwargs or {})
 

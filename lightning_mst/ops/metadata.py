@@ -8,6 +8,11 @@ from typing import Any
 import torch
 
 
+def version_of(tensor: torch.Tensor) -> int:
+    """How often a tensor was changed in place; those of inference mode don't count it."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
 def getter_name(func: Any) -> str | None:
     """The attribute's name, if a torch function is the getter or setter of one."""
     owner = getattr(func, "__self__", None)

@@ -42,7 +42,7 @@ class Moved:
         self._slabs: list[Tensor] = []
         self._here: Tensor | None = None
         self._memory = memory
-        tensor = _dense(tensor.detach())
+        tensor = dense(tensor.detach())
         self._shape, self._stride, self._dtype = tensor.shape, tensor.stride(), tensor.dtype
         self._lane = lane_of(tensor.device)
         self._version = tensor._version
@@ -88,7 +88,7 @@ class Moved:
         self._memory.give_back(self._slabs)
 
 
-def _dense(tensor: Tensor) -> Tensor:
+def dense(tensor: Tensor) -> Tensor:
     """A tensor whose elements lie without gaps, in whatever order; the same one if it can be."""
     if torch.utils._python_dispatch.is_traceable_wrapper_subclass(tensor):
         raise TypeError(

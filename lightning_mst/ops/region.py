@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,14 @@ from torch import Tensor
 from lightning_mst.ops.host_memory import HostMemory
 from lightning_mst.ops.moved import Moved
 
-_current: Region | None = None
+
+class _Current(threading.local):
+    """Of each thread, as one may evaluate a model while another one trains."""
+
+    region: Region | None = None
+
+
+_current = _Current()
 
 
 class Region:
@@ -87,13 +95,12 @@ class Region:
     @contextmanager
     def entered(self, *, recomputing: bool) -> Iterator[None]:
         """Runs the body as this call, or as its repetition."""
-        global _current
-        before, _current = _current, self
+        before, _current.region = _current.region, self
         self.is_recomputing, self._next = recomputing, 0
         try:
             yield
         finally:
-            _current, self.is_recomputing = before, False
+            _current.region, self.is_recomputing = before, False
 
     def _moved(self) -> Iterator[Moved]:
         if self._input is not None:
@@ -109,4 +116,4 @@ class Region:
 
 def current_region() -> Region | None:
     """The call that is running now, of a layer that keeps more than its input."""
-    return _current
+    return _current.region

@@ -49,13 +49,15 @@ class Call:
             shapes = ", ".join(str(tuple(t.shape)) for t in self._inputs) or "none"
             raise TypeError(
                 f"{name} runs in mini-sequences as a function of tensors that share their tokens, but was called with "
-                f"tensors of shapes {shapes}. Name the MLPs yourself (mlp_modules=...) or set mlp_chunks=None."
+                f"tensors of shapes {shapes}. Name the MLPs yourself (mlp_modules=...), or set mlp_chunks=None, or "
+                "layer_chunks=None."
             )
 
     def _take(self, tensor: HandedOn, *, is_first: bool) -> Tensor:
         """The input of a norm that the block's first tensor is the output of; else the tensor itself."""
         if tensor.was_computed or not is_first:
             return tensor.real()
+        tensor.check_source()
         self._norm = tensor
         return tensor.source
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lightning_mst.ops.deferred_tensor import DeferredTensor, without_values
-from lightning_mst.ops.metadata import needs_no_values
+from lightning_mst.ops.metadata import needs_no_values, version_of
 from lightning_mst.ops.token_wise import token_wise
 from lightning_mst.rewrite.fsdp1 import weights_of
 
@@ -38,6 +38,8 @@ class HandedOn(DeferredTensor):
     source: Tensor
     _num_chunks: int
     _real: Tensor | None
+    _has_graph: bool
+    _version_of_source: int
 
     @staticmethod
     def __new__(
@@ -54,7 +56,8 @@ class HandedOn(DeferredTensor):
         """
         result = torch.Tensor._make_wrapper_subclass(cls, source.shape, dtype=dtype, device=source.device)
         result.norm, result.forward, result.source = norm, forward, source
-        result._num_chunks, result._real = num_chunks, None
+        result._num_chunks, result._real, result._has_graph = num_chunks, None, False
+        result._version_of_source = version_of(source)
         return result
 
     @property
@@ -63,8 +66,10 @@ class HandedOn(DeferredTensor):
         return self._real is not None
 
     def real(self) -> Tensor:
-        """The norm's output, of all tokens; computed at the first call and kept."""
-        if self._real is None:
+        """The norm's output, of all tokens; computed at the first call, and at the first with a graph, and kept."""
+        if self._real is None or (torch.is_grad_enabled() and not self._has_graph):
+            self.check_source()
+            self._has_graph = torch.is_grad_enabled()
             self._real = token_wise(
                 self.forward,
                 self.source,
@@ -74,6 +79,14 @@ class HandedOn(DeferredTensor):
                 parameters=weights_of(self.norm),
             )
         return self._real
+
+    def check_source(self) -> None:
+        """Raises if the norm's input is not what it was when the norm was called."""
+        if version_of(self.source) != self._version_of_source:
+            raise RuntimeError(
+                f"The input of {type(self.norm).__name__} was changed in place before the block that applies the norm "
+                "in mini-sequences ran. Change a copy, or set layer_chunks=None."
+            )
 
     @classmethod
     def respond(cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_mst.ops.free_host_memory import free_host_memory, processes_here
 from lightning_mst.ops.host_memory import HostMemory, NotEnoughHostMemory
 from lightning_mst.ops.kept_attention import keeping_attention
+from lightning_mst.ops.moved import dense
 from lightning_mst.ops.region import Region
 from lightning_mst.ops.rehearsal import is_rehearsing
 from lightning_mst.rewrite.auto_fraction import AutoFraction
@@ -92,7 +93,8 @@ class Offload:
             result = checkpoint(run, *args, **options)
         else:
             with saved_tensors_hooks(partial(_pack, region), _unpack):
-                result = checkpoint(run, hidden, **options)
+                # A view with gaps would come back without them, for which an operator may go another way.
+                result = checkpoint(run, dense(hidden), **options)
         if self._auto is not None:
             self._auto.end(region)
         self._check_attention(region, function)

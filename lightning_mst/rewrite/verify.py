@@ -124,6 +124,6 @@ def _compare(expected: _Result, got: _Result, names: list[str], tolerance: float
 
 
 _ADVICE = (
-    "The rewrite would train another function, so training stops here. Find the block with mlp_chunks=None or "
-    "lm_head_chunks=None, leave it off, and please report the model's name."
+    "The rewrite would train another function, so training stops here. Find the block with "
+    "mlp_chunks=None, lm_head_chunks=None or layer_chunks=None, leave it off, and please report the model's name."
 )
