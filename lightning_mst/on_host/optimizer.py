@@ -73,7 +73,8 @@ class OptimizerOnHost(Optimizer):
     Raises:
         ModuleNotFoundError: torchao is not installed.
         ValueError: the parameters are not on one device that the engine can work for.
-        lightning_mst.ops.host_memory.NotEnoughHostMemory: the host has too little memory, or refuses to pin it. The message says how much it takes.
+        lightning_mst.ops.host_memory.NotEnoughHostMemory: the host has too little memory, or refuses to pin it. The
+            message says how much it takes.
 
     Attributes:
         offload_gradients: as given.
