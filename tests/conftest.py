@@ -20,6 +20,7 @@ from processes import RANK_VARIABLES, environment, quiet_port
 
 torch.set_num_threads(1)
 _LINEAR = F.linear
+_RANKS = {name: os.environ.get(name) for name in RANK_VARIABLES}
 _ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -33,16 +34,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _no_process_group_outlives_its_test() -> Iterator[None]:
     """Lightning keeps the group of a DDP run until the program ends; other trainers would take part in it."""
-    before = dict(os.environ)
     os.environ["MASTER_PORT"] = str(quiet_port())
     yield
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
-    for name in RANK_VARIABLES:
-        if name in before:
-            os.environ[name] = before[name]
-        else:
+    # As they were before all tests: a fixture of several tests may have started a run, too.
+    for name, value in _RANKS.items():
+        if value is None:
             os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 @pytest.fixture(autouse=True)
