@@ -91,15 +91,17 @@ def test_the_host_limits_a_length_as_the_device_does():
 
 
 @pytest.mark.parametrize(
-    ("options", "expected"),
+    ("options", "expected", "package"),
     [
-        ({}, "adamw_cpu_offload"),
-        ({"accumulate_grad_batches": 2}, None),
-        ({"strategy": "fsdp2", "num_devices": 2}, None),
-        ({"strategy": "zero3", "num_devices": 2}, "deepspeed_cpu_adam"),
+        ({}, "adamw_cpu_offload", "torchao"),
+        ({"accumulate_grad_batches": 2}, None, None),
+        ({"strategy": "fsdp2", "num_devices": 2}, None, None),
+        ({"strategy": "zero3", "num_devices": 2}, "deepspeed_cpu_adam", "deepspeed"),
     ],
 )
-def test_a_ladder_ends_with_the_optimizer_on_the_host_where_an_engine_does_that(options, expected):
+def test_a_ladder_ends_with_the_optimizer_on_the_host_where_an_engine_does_that(options, expected, package):
+    if package is not None:
+        pytest.importorskip(package)
     training = Training(precision="32-true", make_optimizer=adamw, device="cpu", **options)
     found = with_optimizer_on_host(build, training)
 
