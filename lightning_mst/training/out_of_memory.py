@@ -65,10 +65,14 @@ def explain(error: BaseException, handle: MSTHandle) -> str:
         advice = f"{'mlp_chunks' if config.mlp_chunks is None else 'lm_head_chunks'}='auto' in place of None"
     elif config.checkpoint_layers != "all" and handle.layers:
         advice = f"checkpoint_layers='all' in place of {config.checkpoint_layers!r}"
+    elif config.layer_chunks is None and handle.layers:
+        advice = "layer_chunks='auto', which runs the rest of each layer in mini-sequences, too"
+    elif config.checkpoint_offload is None and handle.layers:
+        advice = "checkpoint_offload='inputs', which keeps the layers' inputs in the host's memory"
     else:
         advice = (
             "shorter sequences or a smaller batch; for weights, gradients and optimizer states, a sharding strategy"
-            " (mst_model_parallel), OptimizerInBackward or bf16-true"
+            " (mst_model_parallel), OptimizerInBackward, OptimizerOnHost or bf16-true"
         )
     return (
         f"Memory ran out {where}, with {settings}, checkpoint_layers={config.checkpoint_layers!r}. Next, try {advice}."

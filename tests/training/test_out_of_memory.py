@@ -128,8 +128,12 @@ def test_outside_the_blocks_the_message_asks_for_what_is_switched_off() -> None:
         fit(module, MSTCallback(mlp_chunks=None))
     with pytest.raises(torch.OutOfMemoryError, match=r"outside the blocks .* try checkpoint_layers='all'"):
         fit(module, MSTCallback(checkpoint_layers="none"))
-    with pytest.raises(torch.OutOfMemoryError, match=r"outside the blocks .* try shorter sequences"):
+    with pytest.raises(torch.OutOfMemoryError, match=r"outside the blocks .* try layer_chunks='auto', which"):
         fit(module, MSTCallback())
+    with pytest.raises(torch.OutOfMemoryError, match=r"outside the blocks .* try checkpoint_offload='inputs', which"):
+        fit(module, MSTCallback(layer_chunks="auto"))
+    with pytest.raises(torch.OutOfMemoryError, match=r"outside the blocks .* try shorter sequences"):
+        fit(module, MSTCallback(layer_chunks="auto", checkpoint_offload="inputs"))
 
 
 def test_what_can_not_be_mended_by_more_mini_sequences_ends_with_the_error() -> None:
