@@ -18,7 +18,7 @@ from lightning_mst.ops.linear_reads import find_linear_reads
 from lightning_mst.rewrite.attention import Arguments, AttentionParts, in_turn, project, rewrite_attention
 from lightning_mst.rewrite.attention_interface import uses_interface, with_attention
 from lightning_mst.rewrite.modes import eval_mode, train_mode
-from lightning_mst.rewrite.probe import TOLERANCE, without_hooks
+from lightning_mst.rewrite.probe import TOLERANCE, first_line, without_hooks
 from lightning_mst.rewrite.shadow import restore
 from lightning_mst.rewrite.stand_in import is_out_of_reach, stand_in, units_inside
 
@@ -44,7 +44,7 @@ def probe_attention(module: nn.Module, widths: Iterable[int]) -> AttentionParts 
     try:
         twin = _twin(module)
     except RuntimeError as error:  # it holds what torch can't copy, such as a state with a graph
-        return f"can't be copied for a trial ({_first_line(error)})"
+        return f"can't be copied for a trial ({first_line(error)})"
     likeliest: str | None = None
     for width in widths:
         for rotary in _rotary_widths(module):
@@ -53,13 +53,9 @@ def probe_attention(module: nn.Module, widths: Iterable[int]) -> AttentionParts 
             except _Differs as error:
                 return str(error)
             except Exception as error:  # whatever a stranger's forward raises is the answer, and is shown
-                what = f"{type(error).__name__}: {_first_line(error)}"
+                what = f"{type(error).__name__}: {first_line(error)}"
                 likeliest = likeliest or f"does not run on hidden states and a rotary embedding ({what})"
     return likeliest or "no width of the model's fits it"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:100]
 
 
 class _Differs(Exception):

@@ -141,7 +141,7 @@ class _Trial:
                 with train_mode(self.module), without_hooks(self.module):
                     self.forward(*inputs)
         except Exception as error:  # whatever a stranger's forward raises is the answer, and is shown
-            return Verdict(f"does not run on (1, tokens, D) alone ({type(error).__name__}: {_first_line(error)})")
+            return Verdict(f"does not run on (1, tokens, D) alone ({type(error).__name__}: {first_line(error)})")
         finally:
             changed = [
                 name
@@ -233,5 +233,6 @@ def _describe(value: Any) -> str:
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The beginning of an error's message, for a reason in the table."""
     return (str(error).splitlines() or [""])[0][:100]
